@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands do everything on a fresh machine, set-up included:
+#   make demo    train, save, load and time a soft prompt on real text
+#   make test    lint, then every test
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PINS := requirements-dev.txt
+# A stamp for each step, so that a second run starts at once and a changed input redoes just its own step.
+DEPS := $(VENV)/.stamp-dependencies
+BUILD := $(VENV)/.stamp-build
+CSRC := $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: help install assets demo test lint format native clean
+
+help:
+	@echo "make demo     train, save, load and time a soft prompt on real text (about 6 minutes)"
+	@echo "make test     lint, then every test"
+	@echo "make lint     ruff, mypy and clang-format, changing nothing"
+	@echo "make format   let ruff and clang-format rewrite the files"
+	@echo "make native   rebuild the C++ extension; fails if it cannot be built"
+	@echo "make clean    remove what the targets above made"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: PYTHON=$(PYTHON) must be Python 3.11 or newer (the pins need it), found: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its pin: nothing that comes later can then choose another build of it.
+$(DEPS): $(PINS) | $(PY)
+	$(PIP) install --quiet "$$(grep '^torch==' $(PINS))"
+	$(PIP) install --quiet --requirement $(PINS)
+	@touch $@
+
+# Without isolation the extension is built by the pinned tools, and nothing is downloaded twice.
+$(BUILD): $(DEPS) pyproject.toml setup.py softprompt_fast/_version.py $(CSRC)
+	$(PIP) install --quiet --no-build-isolation --constraint $(PINS) --editable '.[peft,bench,demo,dev]'
+	$(PIP) check
+	@touch $@
+
+install: $(BUILD)
+
+assets: install
+	$(PY) -m softprompt_fast.demo.assets
+
+demo: assets
+	$(PY) -m softprompt_fast.cli demo $(DEMO_ARGS)
+
+# One thread a worker: two workers of two threads each on two cores would only wait for one another.
+test: assets lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(PY) -m mypy
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+native: $(DEPS)
+	SOFTPROMPT_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace --force
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f softprompt_fast/_C.*

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module softprompt_fast._C: what is no op (build facts, CPU features). It does not link
+// against torch, so it loads beside any torch version; ops register with torch.library and not
+// here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "checks.h"
+#include "cpu/features.h"
+
+// setup.py passes these as string literals.
+#if !defined(SOFTPROMPT_FAST_VERSION) || !defined(SOFTPROMPT_FAST_FLAGS) || \
+    !defined(SOFTPROMPT_FAST_TORCH)
+#error "build through setup.py: it defines the version, the compiler flags and the torch found"
+#endif
+
+namespace softprompt_fast {
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return concat("clang ", __clang_major__, ".", __clang_minor__, ".", __clang_patchlevel__);
+#elif defined(__GNUC__)
+  return concat("gcc ", __GNUC__, ".", __GNUC_MINOR__, ".", __GNUC_PATCHLEVEL__);
+#elif defined(_MSC_VER)
+  return concat("msvc ", _MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+// No time and no path in it: the same sources and flags give the same binary.
+std::map<std::string, std::string> build_info() {
+  return {
+      {"version", SOFTPROMPT_FAST_VERSION}, {"compiler", compiler()},
+      {"flags", SOFTPROMPT_FAST_FLAGS},     {"cxx_standard", std::to_string(__cplusplus)},
+      {"torch", SOFTPROMPT_FAST_TORCH},
+  };
+}
+
+bool has_cpu_feature(const std::string& name) {
+  const auto& features = cpu_features();
+  const auto found = features.find(name);
+  SOFTPROMPT_FAST_CHECK(found != features.end(), "name: unknown CPU feature '", name,
+                        "'; cpu_features() lists those of this architecture");
+  return found->second;
+}
+
+}  // namespace
+}  // namespace softprompt_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of softprompt_fast; use it through softprompt_fast.backends.native.";
+  m.def("build_info", &softprompt_fast::build_info,
+        "Version, compiler, flags, C++ standard and torch seen at build time, as strings.");
+  m.def("cpu_features", &softprompt_fast::cpu_features,
+        "Instruction set name -> usable on this processor and operating system.");
+  m.def("has_cpu_feature", &softprompt_fast::has_cpu_feature, pybind11::arg("name"),
+        "Whether one instruction set is usable; ValueError for a name that is not listed.");
+}

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the C++ extension ``softprompt_fast._C`` if it is there, and says why if it isn't.
+
+Importing this module never fails and never compiles anything: a package installed without a compiler, a binary of
+another Python, and a binary left over from another version of the package all end as ``status() == (False, reason)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+from softprompt_fast._version import __version__
+
+_NAME = "softprompt_fast._C"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec(_NAME) is None:
+        return None, (
+            "not built: no C++ compiler or no pybind11 at install time, or SOFTPROMPT_FAST_BUILD=0; reinstall with "
+            "SOFTPROMPT_FAST_BUILD=1 to see what is missing"
+        )
+    try:
+        module = importlib.import_module(_NAME)
+        built_for = module.build_info()["version"]
+    except Exception as error:  # a damaged or foreign binary can fail in many ways; none may break the package
+        return None, f"built, but it does not load here ({type(error).__name__}: {error}); reinstall the package"
+    if built_for != __version__:
+        return None, f"built for softprompt-fast {built_for}, found {__version__}; reinstall the package"
+    return module, "loaded"
+
+
+def status() -> tuple[bool, str]:
+    """Whether the extension is loaded, and the reason if it is not ("loaded" if it is)."""
+    module, reason = _load()
+    return module is not None, reason
+
+
+def build_info() -> dict[str, str]:
+    """Version, compiler, flags, C++ standard and torch seen at build time; empty if the extension is not loaded."""
+    module, _ = _load()
+    return {} if module is None else module.build_info()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction set name -> usable on this processor and operating system; empty if the extension is not loaded."""
+    module, _ = _load()
+    return {} if module is None else module.cpu_features()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many prompts over one base model: who is who, what is compiled, and what a batch attends to."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from softprompt_fast.prefix_kv import PrefixKV
+from softprompt_fast.prompt import SoftPrompt
+
+#: A prompt as a row asks for it: its name, and the task of a multitask prompt.
+RowPrompt = tuple[str, int | None]
+
+_PACKS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The distinct prefixes of one batch, packed end to end.
+
+    Attributes:
+        prompts: which prompt each packed prefix is, in order.
+        versions: for each, a number that changes whenever the prompt's content does.
+        keys, values: per layer ``[Hkv, L, D]``.
+        lengths: virtual tokens of each prefix; ``sum(lengths) == L``.
+        offsets: int32 ``[N + 1]``, None for a single prefix.
+        lengths_tensor: int64 ``[N + 1]``, the lengths and a final 0 that index -1 picks.
+        next_logits: per prefix ``[V]``, the logits that the last virtual token gives, or None where there are none
+            (prefix tuning, cartridges: they are keys and values, no token that predicts).
+        virtual_logits: per prefix ``[P, V]`` when asked for (CPT's loss), else None.
+    """
+
+    prompts: tuple[RowPrompt, ...]
+    versions: tuple[int, ...]
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    lengths: tuple[int, ...]
+    offsets: torch.Tensor | None
+    lengths_tensor: torch.Tensor
+    next_logits: tuple[torch.Tensor | None, ...]
+    virtual_logits: tuple[torch.Tensor | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One prompt's prefix with its graph (training) or without: ``keys``/``values`` per layer ``[Hkv, P, D]``."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    next_logits: torch.Tensor | None
+    virtual_logits: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def pack(prompts: Sequence[RowPrompt], versions: Sequence[int], compiled: Sequence[Compiled]) -> Packed:
+    """Lay prefixes end to end along their tokens; a single one is not copied."""
+    layers = range(len(compiled[0].keys))
+    lengths = tuple(c.length for c in compiled)
+    device = compiled[0].keys[0].device
+    if len(compiled) == 1:
+        keys, values, offsets = compiled[0].keys, compiled[0].values, None
+    else:
+        keys = tuple(torch.cat([c.keys[i] for c in compiled], dim=1) for i in layers)
+        values = tuple(torch.cat([c.values[i] for c in compiled], dim=1) for i in layers)
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return Packed(
+        prompts=tuple(prompts),
+        versions=tuple(versions),
+        keys=keys,
+        values=values,
+        lengths=lengths,
+        offsets=offsets,
+        lengths_tensor=torch.tensor([*lengths, 0], device=device),
+        next_logits=tuple(c.next_logits for c in compiled),
+        virtual_logits=tuple(c.virtual_logits for c in compiled),
+    )
+
+
+@dataclass
+class _Entry:
+    prompt: SoftPrompt | PrefixKV
+    version: int
+    seen: tuple[int, ...] = ()
+
+
+class PromptBank:
+    """Named prompts over one base model, compiled at first use and shared by every row after.
+
+    Args:
+        compile_prompt: ``(prompt, task) -> PrefixKV``; runs the frozen model once over a soft prompt.
+
+    Thread-safe: prompts may be added, replaced and removed while other threads generate. A prompt is compiled by one
+    thread while the others that want it wait.
+    """
+
+    def __init__(self, compile_prompt: Callable[[SoftPrompt, int | None], PrefixKV]) -> None:
+        self._compile = compile_prompt
+        self._entries: dict[str, _Entry] = {}
+        self._compiled: dict[RowPrompt, tuple[int, PrefixKV]] = {}
+        self._packs: OrderedDict[tuple[tuple[RowPrompt, int], ...], Packed] = OrderedDict()
+        self._versions = itertools.count(1)
+        self._lock = threading.RLock()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def __getitem__(self, name: str) -> SoftPrompt | PrefixKV:
+        """The prompt called `name`.
+
+        Raises:
+            KeyError: there is none; the message lists those that there are.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(repr(n) for n in self._entries) or "none is loaded"
+            raise KeyError(f"prompt: unknown prompt {name!r}; known prompts: {known}")
+        return entry.prompt
+
+    def add(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
+        """Put a prompt under `name`.
+
+        Raises:
+            ValueError: the name is taken and ``replace`` is False, or it is no non-empty string.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a non-empty string, found {name!r}")
+        with self._lock:
+            if name in self._entries and not replace:
+                raise ValueError(f"name: a prompt called {name!r} is already loaded; pass replace=True to replace it")
+            self._forget(name)
+            self._entries[name] = _Entry(prompt, next(self._versions))
+
+    def remove(self, name: str) -> None:
+        """Drop a prompt and its prefix; a call under way keeps what it started with."""
+        self[name]
+        with self._lock:
+            del self._entries[name]
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        for key in [key for key in self._compiled if key[0] == name]:
+            del self._compiled[key]
+        self._packs.clear()
+
+    def invalidate(self) -> None:
+        """Forget every compiled prefix: the base model's weights, dtype or device changed."""
+        with self._lock:
+            for entry in self._entries.values():
+                entry.version = next(self._versions)
+            self._compiled.clear()
+            self._packs.clear()
+
+    def map_prefixes(self, move: Callable[[PrefixKV], PrefixKV]) -> None:
+        """Replace every stored :class:`PrefixKV` by ``move(prefix)`` (device or dtype changes)."""
+        with self._lock:
+            for entry in self._entries.values():
+                if isinstance(entry.prompt, PrefixKV):
+                    entry.prompt = move(entry.prompt)
+        self.invalidate()
+
+    def version(self, name: str) -> int:
+        """A number that changes whenever the content of prompt `name` does.
+
+        In-place updates of its parameters (an optimizer step, ``load_state_dict``) are seen through the version
+        counters that autograd keeps; writes through ``.data`` are not: call :meth:`invalidate` after those.
+        """
+        entry = self._entries[name]
+        if isinstance(entry.prompt, SoftPrompt):
+            seen = tuple(itertools.chain.from_iterable((id(p), p._version) for p in entry.prompt.parameters()))
+            if seen != entry.seen:
+                with self._lock:
+                    if entry.seen:
+                        entry.version = next(self._versions)
+                    entry.seen = seen
+        return entry.version
+
+    def prefix(self, name: str, task: int | None = None) -> PrefixKV:
+        """The frozen prefix of a prompt, computed at the first call and after every change of the prompt."""
+        prompt = self[name]
+        if isinstance(prompt, PrefixKV):
+            return prompt
+        with self._lock:
+            version = self.version(name)
+            known = self._compiled.get((name, task))
+            if known is None or known[0] != version:
+                known = self._compiled[name, task] = (version, self._compile(prompt, task))
+            return known[1]
+
+    def packed(self, prompts: Iterable[RowPrompt]) -> Packed:
+        """The frozen prefixes of `prompts` packed end to end; the last few packs are kept."""
+        prompts = tuple(prompts)
+        prefixes = [self.prefix(*prompt) for prompt in prompts]
+        versions = [self.version(name) for name, _ in prompts]
+        key = tuple(zip(prompts, versions, strict=True))
+        with self._lock:
+            packed = self._packs.get(key)
+            if packed is None:
+                compiled = [Compiled(p.keys, p.values, p.next_logits) for p in prefixes]
+                packed = self._packs[key] = pack(prompts, versions, compiled)
+                while len(self._packs) > _PACKS_KEPT:
+                    self._packs.popitem(last=False)
+            self._packs.move_to_end(key)
+            return packed

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of a row's *own* tokens.
+
+The prefix is shared and lives elsewhere; what a request stores per row is only the keys and values of its own
+tokens. transformers' ``DynamicCache`` concatenates (and so copies) the whole history at every step;
+:class:`GrowingLayer` writes in place into a buffer whose capacity doubles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+_FIRST_CAPACITY = 32
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values ``[B, Hkv, T, D]`` of one layer, in a buffer that grows by doubling.
+
+    ``keys`` and ``values`` are views of the first ``T`` entries of the buffer. While autograd records the new keys
+    (training with a cache), entries are concatenated instead, because writing in place would break the graph.
+    """
+
+    # One buffer of every own token also serves sliding-window layers: the window is applied by position in the
+    # kernel, and positions survive in a layer that drops nothing.
+    is_sliding = False
+
+    def __init__(self) -> None:
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._length = 0
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self._keys is None else self._keys[:, :, : self._length]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        # transformers' batch operations (select, repeat) assign whole tensors: those become the buffer.
+        self._keys = value
+        self._length = 0 if value is None else value.shape[2]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self._values is None else self._values[:, :, : self._length]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._values = value
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[B, Hkv, S, D]`` and return all keys and values so far, as views of the buffer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            past = self.keys, self.values
+            self.keys = key_states if past[0] is None else torch.cat([past[0], key_states], dim=2)
+            self.values = value_states if past[1] is None else torch.cat([past[1], value_states], dim=2)
+            return self._keys, self._values
+        self._keys = _with_room(self._keys, key_states, start, end)
+        self._values = _with_room(self._values, value_states, start, end)
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self._length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (transformers passes a negative number)."""
+        if tokens_to_remove > 0:  # transformers < 5.18 passes the length to keep
+            self._length = min(self._length, tokens_to_remove)
+        else:
+            self._length = max(0, self._length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self._keys = self._values = None
+        self._length = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows ``beam_idx`` become the rows of the cache; the buffer and its spare room are kept."""
+        if self._length:
+            for buffer in (self._keys, self._values):
+                used = buffer[:, :, : self._length]
+                used.copy_(used.index_select(0, beam_idx.to(used.device)))
+
+
+def _with_room(buffer: torch.Tensor | None, new: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+    """`buffer` itself if it holds `needed` entries a row, else a doubled one with the used part copied."""
+    if buffer is not None and buffer.shape[2] >= needed and buffer.shape[0] == new.shape[0]:
+        return buffer
+    capacity = max(needed, _FIRST_CAPACITY, 2 * used)
+    grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+    if used:
+        grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+class OwnTokenCache(Cache):
+    """The default cache of :class:`softprompt_fast.SoftPromptModel`: one :class:`GrowingLayer` a layer.
+
+    Args:
+        num_layers: number of attention layers of the base model.
+
+    ``row_prompts`` names, per row, the prompt (and the version of it) whose prefix the cached tokens attended to, so
+    that a cache handed back with another prompt is refused rather than continued wrongly.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
+
+
+def make_static_cache(num_layers: int, max_cache_len: int) -> Cache:
+    """A cache of fixed capacity for own tokens, for torch.compile and CUDA graphs.
+
+    Every layer holds all positions, sliding-window layers too: transformers' sliding static layer rolls its buffer,
+    after which own positions can no longer be told from the buffer's index.
+    """
+    return Cache(layers=[StaticLayer(max_cache_len=max_cache_len) for _ in range(num_layers)])
+
+
+def adopt(cache: Cache, num_layers: int) -> Cache:
+    """Make a caller's cache usable for own tokens, in place where it is still empty.
+
+    Raises:
+        ValueError: the cache already holds tokens in a layer that drops old ones, so positions are lost, or it is of
+            a kind (quantized, offloaded, encoder-decoder) that does not keep plain keys and values.
+    """
+    plain = (DynamicLayer, StaticLayer)
+    layers = list(getattr(cache, "layers", []))
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"past_key_values: expected softprompt_fast.cache.OwnTokenCache, DynamicCache or StaticCache, "
+            f"found {type(cache).__name__}{' with offloading' if getattr(cache, 'offloading', False) else ''}"
+        )
+    if all(type(layer) in (GrowingLayer, StaticLayer) for layer in layers) and len(layers) == num_layers:
+        return cache
+    for layer in layers:
+        if not isinstance(layer, plain):
+            raise ValueError(f"past_key_values: layers of type {type(layer).__name__} are not supported")
+        if layer.get_seq_length() > 0 and type(layer) not in (GrowingLayer, StaticLayer, DynamicLayer):
+            raise ValueError(
+                f"past_key_values: a {type(layer).__name__} that already holds tokens has dropped positions; "
+                "pass an empty cache or one returned by this model"
+            )
+    static = next((layer for layer in layers if isinstance(layer, StaticLayer)), None)
+    if static is not None:
+        if not any(type(layer) is StaticLayer for layer in layers):
+            raise ValueError(
+                "past_key_values: every layer of this StaticCache is a rolling sliding window, which loses positions; "
+                'use generate(cache_implementation="static") or softprompt_fast.cache.make_static_cache'
+            )
+        longest = max(layer.max_cache_len for layer in layers if type(layer) is StaticLayer)
+        cache.layers = [
+            layer if type(layer) is StaticLayer else StaticLayer(max_cache_len=longest) for layer in layers
+        ]
+    elif any(layer.get_seq_length() for layer in layers):
+        return cache
+    else:
+        cache.layers = [GrowingLayer() for _ in range(num_layers)]
+    return cache

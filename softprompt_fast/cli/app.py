@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands. Each one only reads its arguments, calls the package and prints: nothing is computed here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from softprompt_fast._version import __version__
+from softprompt_fast.cli._session import EXIT_CODES, Session, session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    help=f"Serve and train PEFT soft prompts with one shared prefix.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+NO_PROMPT = "none"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+Base = Annotated[str, typer.Option("--base", help="Base model: a folder, a hub name, or 'demo' for the bundled one.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the base model: float32, bfloat16 or float16.")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"softprompt-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the adapter, the prefix, the numbers and the picture.")
+    ] = Path("softprompt_fast_demo"),
+    base: Base = "demo",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out reviews for the accuracies.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the prompt's start and of the batches.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a soft prompt for sentiment on real reviews, save it, load it in PEFT and here, compare and time."""
+    with session(as_json) as run:
+        from softprompt_fast.demo import run as demo_run
+
+        settings = demo_run.Settings(base=base, steps=steps, held_out=held_out, seed=seed)
+        result = demo_run.run(output, settings, run.console)
+        run.finish(result.to_dict())
+
+
+@app.command("compile", epilog=EXIT_CODES)
+def compile_(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory of a soft prompt.")],
+    base: Base,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the prefix to.")],
+    task: Annotated[int | None, typer.Option(help="Task of a multitask prompt, from 0.")] = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Turn a soft prompt into its prefix: the keys and values that every row will share."""
+    with session(as_json) as run:
+        from softprompt_fast import SoftPromptModel
+
+        _check_exists(adapter)
+        base_model, _ = _load_base(base, dtype, run)
+        model = SoftPromptModel.from_pretrained(base_model, adapter, prompt_name="adapter")
+        with run.console.status("computing keys and values"):
+            prefix = model.compile_prompt("adapter", task=task)
+        prefix.save_pretrained(output)
+        result = {
+            "output": str(output),
+            "method": prefix.method,
+            "num_virtual_tokens": prefix.num_virtual_tokens,
+            "num_layers": len(prefix.keys),
+            "dtype": str(prefix.keys[0].dtype).removeprefix("torch."),
+            "bytes": prefix.nbytes,
+            "sha256": prefix.digest,
+        }
+        run.finish(result)
+        run.say(
+            f"{output}: {prefix.method}, {prefix.num_virtual_tokens} virtual tokens, {len(prefix.keys)} layers,"
+            f" {result['dtype']}, {prefix.nbytes / 1e6:.2f} MB whatever the batch"
+        )
+
+
+@app.command(epilog=EXIT_CODES)
+def generate(
+    texts: Annotated[list[str], typer.Argument(help="Texts to continue; they run as one batch.")],
+    base: Base,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="NAME=DIR of a PEFT adapter or a compiled prefix. May be given several times."),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt-name",
+            help=f"Prompt to use: once for all texts, or once per text; '{NO_PROMPT}' is the bare model. "
+            "May be left out when only one prompt is given.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each text at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Continue texts behind soft prompts, a prompt per text if wanted."""
+    folders = dict(_name_and_folder(prompt) for prompt in prompts or [])
+    if len(folders) != len(prompts or []):
+        raise typer.BadParameter("every name may be given once", param_hint="--prompt")
+    chosen = _prompt_per_text(names or [], list(folders), len(texts))
+    with session(as_json) as run:
+        import torch
+
+        from softprompt_fast import SoftPromptModel
+
+        for folder in folders.values():
+            _check_exists(folder)
+        base_model, tokenizer = _load_base(base, dtype, run)
+        model = SoftPromptModel(base_model)
+        for name, folder in folders.items():
+            model.load_prompt(name, folder)
+        tokenizer.padding_side = "left"
+        batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        started = time.perf_counter()
+        with run.console.status(f"generating for {len(texts)} text(s)"):
+            output = model.generate(
+                **batch,
+                prompt=chosen,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
+        seconds = time.perf_counter() - started
+        continuations = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows = [
+            {"prompt": name, "text": text, "continuation": continuation}
+            for name, text, continuation in zip(chosen, texts, continuations, strict=True)
+        ]
+        run.finish({"results": rows, "seconds": seconds})
+        if not as_json:
+            for row in rows:
+                typer.secho(f"[{row['prompt'] or NO_PROMPT}] {row['text']}", bold=True, nl=False)
+                typer.echo(row["continuation"])
+
+
+@app.command(epilog=EXIT_CODES)
+def info(as_json: Json = False) -> None:
+    """Show what is installed and built, and which backend serves which op here or why it doesn't."""
+    with session(as_json) as run:
+        from softprompt_fast import info as facts
+
+        found = facts.collect()
+        run.finish(found)
+        if not as_json:
+            _print_info(found)
+
+
+def _print_info(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = Table(show_header=False, box=None)
+    about.add_row("softprompt-fast", found["version"])
+    about.add_row("python", f"{found['python']} on {found['platform']}")
+    for package, version in found["packages"].items():
+        about.add_row(package, version or "not installed")
+    torch = found["torch"]
+    about.add_row("torch build", f"CUDA {torch['cuda'] or 'none'}, CPU capability {torch['cpu_capability']}")
+    about.add_row("devices", ", ".join(torch["devices"]) or f"CPU only, {torch['threads']} thread(s)")
+    build = found["extension"]["build"]
+    about.add_row("extension", found["extension"]["reason"] + (f", {build['compiler']}" if build else ""))
+    usable = [name for name, here in found["cpu_features"].items() if here]
+    about.add_row("CPU features", " ".join(usable) or "unknown without the extension")
+    about.add_row("backend asked for", found["backend"] or "auto")
+    console.print(about)
+
+    ops = Table("op", "backend", "serves it here")
+    for op, backends in found["ops"].items():
+        for i, (backend, reasons) in enumerate(backends.items()):
+            ops.add_row(op if i == 0 else "", backend, "yes" if not reasons else f"no: {'; '.join(reasons)}")
+    console.print(ops)
+
+
+def _load_base(name: str, dtype: str, run: Session) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    from softprompt_fast.demo import assets
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16 or float16, found {dtype!r}", param_hint="--dtype")
+    with run.console.status(f"loading {name}"):
+        model, tokenizer = assets.load_model(name, say=run.say)
+        return model.to(getattr(torch, dtype)), tokenizer
+
+
+def _check_exists(folder: Path) -> None:
+    """Before the base model is loaded, and naming the folder rather than the first file that should be in it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such directory")
+
+
+def _name_and_folder(prompt: str) -> tuple[str, Path]:
+    name, equals, folder = prompt.partition("=")
+    if not (name and equals and folder) or name == NO_PROMPT:
+        raise typer.BadParameter(
+            f"expected NAME=DIR with a NAME other than {NO_PROMPT!r}, found {prompt!r}", param_hint="--prompt"
+        )
+    return name, Path(folder)
+
+
+def _prompt_per_text(names: list[str], known: list[str], texts: int) -> list[str | None]:
+    """The prompt of every text, from the names given on the command line."""
+    if not names:
+        if len(known) > 1:
+            raise typer.BadParameter(
+                f"several prompts are given: say which ({', '.join(known)})", param_hint="--prompt-name"
+            )
+        names = known or [NO_PROMPT]
+    if len(names) == 1:
+        names = names * texts
+    if len(names) != texts:
+        raise typer.BadParameter(
+            f"expected 1 or {texts} (one per text), found {len(names)}", param_hint="--prompt-name"
+        )
+    if unknown := sorted(set(names) - set(known) - {NO_PROMPT}):
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown)}; known: {', '.join([*known, NO_PROMPT])}", param_hint="--prompt-name"
+        )
+    return [None if name == NO_PROMPT else name for name in names]

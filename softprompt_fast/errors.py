@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions of the package.
+
+All of them are `ValueError`s, so that code which does not care which one it got can catch that alone.
+"""
+
+from __future__ import annotations
+
+
+class SoftPromptError(ValueError):
+    """Base class of this package's own errors."""
+
+
+class AdapterError(SoftPromptError):
+    """An adapter (its configuration or its tensors) cannot be read, or is of a kind this package does not serve."""
+
+
+class IncompatibleBaseError(AdapterError):
+    """An adapter was made for a base model of another shape."""
+
+
+class PrefixError(SoftPromptError):
+    """A saved `PrefixKV` is damaged, altered, or of a format this version cannot read."""
+
+
+class PrefixFingerprintError(PrefixError):
+    """A saved `PrefixKV` was computed with another base model."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed and built here, and which backend can run which op: the facts of ``softprompt-fast info``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from softprompt_fast._version import __version__
+from softprompt_fast.backends import native
+
+_PACKAGES = ("torch", "transformers", "safetensors", "peft", "triton", "vllm", "gguf", "matplotlib")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def collect() -> dict[str, Any]:
+    """Plain data, ready for JSON.
+
+    Keys: ``version``; ``python``; ``platform``; ``packages`` (name -> version or None); ``torch`` (CUDA version, CPU
+    capability, threads, devices); ``extension`` (loaded, reason, build); ``cpu_features``; ``backend`` (what
+    SOFTPROMPT_FAST_BACKEND asks for, None if it is not set); ``ops`` (op -> backend -> list of reasons why it can't
+    run here; an empty list means that it can).
+    """
+    import torch
+
+    from softprompt_fast.backends import _registry
+
+    loaded, reason = native.status()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _installed(package) for package in _PACKAGES},
+        "torch": {
+            "cuda": torch.version.cuda,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "devices": devices,
+        },
+        "extension": {"loaded": loaded, "reason": reason, "build": native.build_info()},
+        "cpu_features": native.cpu_features(),
+        "backend": os.environ.get(_registry.ENVIRONMENT_VARIABLE),
+        "ops": {op: _registry.available_backends(op) for op in _registry.OPS},
+    }

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the prefix reaches the layers of a transformers model.
+
+transformers >= 5 hands unknown keyword arguments of ``model(...)`` down to the attention function. A
+:class:`PrefixContext` travels that way (keyword ``soft_prompt``) and :func:`soft_prompt_attention` picks its layer by
+``module.layer_idx``: no global state, so threads, recomputation and torch.compile are safe, and nothing rides on
+``past_key_values``, which transformers drops under gradient checkpointing.
+
+A model is switched once to an attention implementation named ``softprompt_fast_<original>``. Without a context it
+calls the original implementation with the original mask, so the base model keeps computing what it computed before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from softprompt_fast.ops import prefix_attention
+
+KEYWORD = "soft_prompt"
+_NAME = "softprompt_fast_"
+
+
+@dataclass
+class PrefixContext:
+    """What one forward pass attends to besides its own tokens.
+
+    Attributes:
+        keys, values: per layer ``[Hkv, L, D]``: the prefixes of this batch, packed end to end; None: no row has one.
+        prefix_offsets: int32 ``[N + 1]``, where each packed prefix starts; None: one prefix of length L.
+        prefix_index: int32 ``[B]``, the prefix of a row, -1 for none; None: every row uses prefix 0.
+        own_start, own_end: int32 ``[B]``, each row's range of real own tokens (None: no padding on that side).
+        query_start: int32 ``[B]``, own position of a row's first query (None: T - S, see ``prefix_attention``).
+        causal: False in encoders.
+        backend: backend to force, None for "auto".
+        reached: layers that asked for their prefix, filled only while a model is being probed.
+    """
+
+    keys: tuple[torch.Tensor, ...] | None
+    values: tuple[torch.Tensor, ...] | None
+    prefix_offsets: torch.Tensor | None = None
+    prefix_index: torch.Tensor | None = None
+    own_start: torch.Tensor | None = None
+    own_end: torch.Tensor | None = None
+    query_start: torch.Tensor | None = None
+    causal: bool = True
+    backend: str | None = None
+    reached: list[int] | None = None
+
+
+@dataclass
+class CaptureContext:
+    """Records each layer's own keys and values ``[B, Hkv, S, D]`` as attention sees them (after RoPE).
+
+    This is how a prompt is compiled: no cache is involved, so nothing is copied, dropped by a sliding window, or lost
+    under gradient checkpointing, and the recorded tensors carry their autograd graph.
+    """
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def soft_prompt_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over the shared prefix and the row's own tokens; ``original`` where there is no context.
+
+    Args:
+        module: the attention layer; ``module.layer_idx`` picks the layer's prefix.
+        query: ``[B, Hq, S, D]``. key, value: ``[B, Hkv, T, D]``, own tokens only.
+        attention_mask: the original implementation's mask; unused with a :class:`PrefixContext`.
+
+    Returns:
+        ``[B, S, Hq, Dv]`` and the attention weights where the original gives them, else None.
+    """
+    context = kwargs.pop(KEYWORD, None)
+    if isinstance(context, PrefixContext):
+        return _shared_prefix(module, query, key, value, context, original, **kwargs)
+    if isinstance(context, CaptureContext) and module.layer_idx not in context.keys:
+        # "not in": a checkpointed layer runs twice, and only the first run's tensors are in the graph.
+        context.keys[module.layer_idx] = key
+        context.values[module.layer_idx] = value
+    return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _shared_prefix(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: PrefixContext,
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if context.reached is not None:
+        context.reached.append(module.layer_idx)
+    prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
+        # The op has no dropout and returns no weights: expand the prefix and let the original do it.
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        options = {name: option for name, option in options.items() if option is not None}
+        return _expanded_attention(module, query, key, value, context, original, sliding_window, options)
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_offsets=context.prefix_offsets,
+        prefix_index=context.prefix_index,
+        own_start=context.own_start,
+        own_end=context.own_end,
+        query_start=context.query_start,
+        scale=scaling,
+        causal=context.causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        backend=context.backend,
+    )
+    return out.transpose(1, 2), None
+
+
+def _layer_prefix(
+    module: nn.Module, key: torch.Tensor, value: torch.Tensor, context: PrefixContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if context.keys is None or context.values is None:
+        return key.new_empty(key.shape[1], 0, key.shape[3]), value.new_empty(value.shape[1], 0, value.shape[3])
+    return context.keys[module.layer_idx], context.values[module.layer_idx]
+
+
+def _expanded_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: PrefixContext,
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same attention with every row holding its own copy of all packed prefixes, and a dense mask."""
+    batch, _, length, _ = query.shape
+    prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    visible = dense_visibility(context, batch, length, key.shape[2], prefix_key.shape[1], sliding_window, query.device)
+    keys = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
+    values = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
+    floor = torch.finfo(query.dtype).min
+    mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, floor)[:, None]
+    return original(module, query, keys, values, mask, **options)
+
+
+def dense_visibility(
+    context: PrefixContext,
+    batch: int,
+    num_queries: int,
+    num_own_keys: int,
+    prefix_length: int,
+    sliding_window: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which of the ``prefix_length`` packed prefix entries and own keys each query sees: bool ``[B, S, L + T]``."""
+    offsets = context.prefix_offsets
+    if offsets is None:
+        offsets = torch.tensor([0, prefix_length], device=device)
+    index = context.prefix_index
+    if index is None:
+        index = torch.zeros(batch, dtype=torch.long, device=device)
+    index = index.long()
+    safe = index.clamp(min=0)
+    first = torch.where(index < 0, 0, offsets[safe])
+    last = torch.where(index < 0, 0, offsets[safe + 1])
+
+    def rows(values: torch.Tensor | None, default: int) -> torch.Tensor:
+        return torch.full((batch,), default, device=device) if values is None else values.to(device)
+
+    start, end = rows(context.own_start, 0), rows(context.own_end, num_own_keys)
+    query = rows(context.query_start, num_own_keys - num_queries)[:, None] + torch.arange(num_queries, device=device)
+    entry = torch.arange(prefix_length, device=device)
+    own = torch.arange(num_own_keys, device=device)
+    sees_prefix = (entry >= first[:, None]) & (entry < last[:, None])
+    sees_own = (own >= start[:, None]) & (own < end[:, None])
+    sees_prefix = sees_prefix[:, None].expand(-1, num_queries, -1)
+    sees_own = sees_own[:, None].expand(-1, num_queries, -1)
+    if context.causal:
+        sees_own = sees_own & (own <= query[..., None])
+    if sliding_window is not None:
+        length = (last - first)[:, None]
+        query_position = (length + query - start[:, None])[..., None]
+        sees_prefix = sees_prefix & (query_position - (entry - first[:, None])[:, None] < sliding_window)
+        sees_own = sees_own & (query_position - (length + own - start[:, None])[:, None] < sliding_window)
+    return torch.cat([sees_prefix, sees_own], dim=-1)
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The `eager_attention_forward` that the module's own file defines: "eager" is no registered function."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward.__globals__["eager_attention_forward"]
+
+
+def _register(original_name: str) -> str:
+    """Register our attention function and mask function over `original_name`; returns the name to set."""
+    name = _NAME + original_name
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            original = _eager(module) if original_name == "eager" else ALL_ATTENTION_FUNCTIONS[original_name]
+            return soft_prompt_attention(module, *args, original=original, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+        if original_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original_name])
+    return name
+
+
+def original_attention(base: PreTrainedModel) -> str:
+    """The attention implementation that `base` had before :func:`install`."""
+    return str(base.config._attn_implementation).removeprefix(_NAME)
+
+
+def install(base: PreTrainedModel) -> str | None:
+    """Switch `base` to the prefix-aware attention function. Returns the reason why it can't be, or None.
+
+    Without a context the model computes what it computed before, bit for bit.
+    """
+    current = base.config._attn_implementation
+    if current is None:
+        return "its config names no attention implementation"
+    if current.startswith(_NAME):
+        return None
+    if not base._can_set_attn_implementation():
+        return f"{type(base).__name__} bypasses transformers' attention interface"
+    name = _register(current)
+    base.set_attn_implementation(name)
+    if base.config._attn_implementation != name:
+        return f"{type(base).__name__} refused the attention implementation {name!r}"
+    return None
+
+
+def uninstall(base: PreTrainedModel) -> None:
+    """Give `base` its own attention implementation back."""
+    if base.config._attn_implementation != original_attention(base):
+        base.set_attn_implementation(original_attention(base))
+
+
+def no_mask(batch: int, device: torch.device) -> torch.Tensor:
+    """The mask passed with a context: 4-D, so that transformers builds none, and empty, so that any attention
+    function which is not ours fails on its shape instead of silently attending without the prefix."""
+    return torch.empty(batch, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def num_attention_layers(base: PreTrainedModel) -> int:
+    return int(base.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def max_positions(base: PreTrainedModel) -> int | None:
+    """The number of positions the model was built for, or None where its position code has no limit (ALiBi, ...)."""
+    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else None

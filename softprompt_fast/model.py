@@ -1,0 +1,1001 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SoftPromptModel: a frozen causal LM whose soft prompts are prefixes that every row shares."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+
+from softprompt_fast import expanded
+from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt, pack
+from softprompt_fast.cache import OwnTokenCache, adopt, make_static_cache
+from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
+from softprompt_fast.integrations import peft as peft_io
+from softprompt_fast.integrations import transformers as hooks
+from softprompt_fast.losses import causal_lm_loss, labelled_columns, split_labels, visible_labels, weighted_sum
+from softprompt_fast.prefix_kv import PrefixKV, model_fingerprint
+from softprompt_fast.prompt import SoftPrompt
+
+logger = logging.getLogger("softprompt_fast")
+
+
+class _Default:
+    """Type of the value of ``prompt=`` when the caller gave none: the model's active prompt."""
+
+    def __repr__(self) -> str:
+        return "<the active prompt>"
+
+
+_ACTIVE = _Default()
+
+#: What ``prompt=`` takes: a name for the whole batch, one name (or None) per row, None for no prompt.
+PromptArgument = str | Sequence[str | None] | None
+
+
+class SoftPromptModel(nn.Module, GenerationMixin):
+    """A frozen causal language model with soft prompts, each computed once and shared by every row.
+
+    Args:
+        base: a transformers causal LM (``...ForCausalLM``). Its weights are used as they are and not copied. Its
+            attention implementation is replaced by one that computes the same without a prompt.
+        backend: force one backend of the ops ("reference", "torch", ...); None picks automatically.
+
+    Results equal PEFT's on each row alone and unpadded, whatever the padding and the neighbours. Logits are
+    ``[B, S, V]``: one per own token. A prompt that requires grad is differentiated whenever grad is enabled (its
+    forward and backward run once per call, not once per row); otherwise its prefix is computed at the first use.
+
+    Raises:
+        TypeError: `base` is no transformers causal LM.
+    """
+
+    # GenerationMixin's questions about the model.
+    main_input_name = "input_ids"
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(self, base: PreTrainedModel, *, backend: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+            raise TypeError(f"base: expected a transformers causal LM, found {type(base).__name__}")
+        if base.config.is_encoder_decoder:
+            raise TypeError(f"base: {type(base).__name__} is an encoder-decoder; use EncoderDecoderSoftPromptModel")
+        self.base = base
+        self.config = base.config
+        self.generation_config = base.generation_config
+        self.prompts = nn.ModuleDict()
+        self.backend = backend
+        self.active_prompt: str | None = None
+        self._keys: dict[str, str] = {}
+        self._bank = PromptBank(self._compile_frozen)
+        self._eval_lock = threading.Lock()
+        self._num_layers = hooks.num_attention_layers(base)
+        self._why_expanded = self._probe()
+        if self._why_expanded is not None:
+            logger.warning(
+                "%s: prefixes are expanded into an ordinary cache (exact, slower): %s",
+                type(base).__name__,
+                self._why_expanded,
+            )
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: PreTrainedModel | str | os.PathLike[str],
+        adapter: str | os.PathLike[str] | None = None,
+        *,
+        prompt_name: str = "default",
+        trainable: bool = False,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> SoftPromptModel:
+        """A model with one prompt, read from a PEFT adapter directory (PEFT need not be installed) or a PrefixKV's.
+
+        Args:
+            base: a loaded model, or what ``AutoModelForCausalLM.from_pretrained`` takes.
+            adapter: directory of the adapter; None for no prompt yet.
+            prompt_name: the name to give it.
+            trainable: let its parameters require grad.
+            base_kwargs: passed on when the base is loaded here (``dtype``, ``gguf_file``, ...).
+
+        Raises:
+            ValueError: the adapter is for another base, or is no prompt-learning method; the message names what.
+        """
+        if not isinstance(base, PreTrainedModel):
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained(base, **base_kwargs).eval()
+        model = cls(base, backend=backend)
+        if adapter is not None:
+            model.load_prompt(prompt_name, adapter, trainable=trainable)
+        return model
+
+    def load_prompt(
+        self, name: str, directory: str | os.PathLike[str], *, trainable: bool = False, replace: bool = False
+    ) -> None:
+        """Load a PEFT adapter directory or a saved :class:`PrefixKV` under `name`."""
+        if PrefixKV.is_saved_at(directory):
+            self.add_prompt(name, PrefixKV.from_pretrained(directory, base_model=self.base), replace=replace)
+        else:
+            self.add_prompt(name, peft_io.load_adapter(directory, trainable=trainable), replace=replace)
+
+    def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
+        """Put a prompt under `name`, on the base model's device. The first one becomes the active prompt.
+
+        Raises:
+            ValueError: `name` is taken, or the prompt doesn't fit the base model (expected and found are named).
+            TypeError: `prompt` is neither a SoftPrompt nor a PrefixKV.
+        """
+        if isinstance(prompt, SoftPrompt):
+            peft_io.check_compatible(prompt, self.base)
+            prompt = prompt.to(self.device)
+        elif isinstance(prompt, PrefixKV):
+            prompt.check_base(self.base, fingerprint=self.base_fingerprint)
+            prompt = prompt.to(device=self.device, dtype=self.dtype)
+        else:
+            raise TypeError(f"prompt: expected SoftPrompt or PrefixKV, found {type(prompt).__name__}")
+        self._bank.add(name, prompt, replace=replace)
+        if name in self._keys:
+            del self.prompts[self._keys.pop(name)]
+        if isinstance(prompt, SoftPrompt):
+            # A ModuleDict key can hold neither a dot nor the name of one of its own methods.
+            key = "prompt_" + name.replace(".", "_dot_")
+            while key in self.prompts:
+                key += "_"
+            self._keys[name] = key
+            self.prompts[key] = prompt
+        if self.active_prompt is None:
+            self.active_prompt = name
+
+    def remove_prompt(self, name: str) -> None:
+        """Drop a prompt; if it was the active one, none is."""
+        self._bank.remove(name)
+        if name in self._keys:
+            del self.prompts[self._keys.pop(name)]
+        if self.active_prompt == name:
+            self.active_prompt = None
+
+    def set_prompt(self, name: str | None) -> None:
+        """Make `name` the prompt of calls that name none (None: no prompt)."""
+        if name is not None:
+            self._bank[name]
+        self.active_prompt = name
+
+    @property
+    def prompt_names(self) -> list[str]:
+        return self._bank.names
+
+    def get_prompt(self, name: str) -> SoftPrompt | PrefixKV:
+        """The prompt called `name`; KeyError with the known names if there is none."""
+        return self._bank[name]
+
+    def save_prompt(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Write prompt `name` as an adapter directory that PEFT loads back with equal outputs.
+
+        Raises:
+            TypeError: the prompt is a PrefixKV, which no PEFT method describes: use its ``save_pretrained``.
+        """
+        prompt = self._bank[name]
+        if isinstance(prompt, PrefixKV):
+            raise TypeError(f"prompt: {name!r} is a PrefixKV, not an adapter; call its save_pretrained(directory)")
+        peft_io.save_adapter(prompt, directory, base_model_name_or_path=self.base.name_or_path or None)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write the active prompt as a PEFT adapter directory (the base model is frozen and not written)."""
+        if self.active_prompt is None:
+            raise ValueError("prompt: no active prompt to save; call save_prompt(name, directory)")
+        self.save_prompt(self.active_prompt, directory)
+
+    def compile_prompt(self, name: str, *, task: int | None = None) -> PrefixKV:
+        """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
+        self._check_task(name, task)
+        return self._bank.prefix(name, task)
+
+    def invalidate(self) -> None:
+        """Forget every computed prefix. Needed only after weights were changed behind autograd's back (``.data``)."""
+        self._bank.invalidate()
+
+    # ---- compiling -----------------------------------------------------------------------------------------------
+
+    def _compile_frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:
+        with torch.no_grad(), self._eval_base():
+            compiled = self._compile(prompt, None if task is None else [task])[0]
+            return PrefixKV(
+                keys=tuple(k.detach().clone(memory_format=torch.contiguous_format) for k in compiled.keys),
+                values=tuple(v.detach().clone(memory_format=torch.contiguous_format) for v in compiled.values),
+                next_logits=None if compiled.next_logits is None else compiled.next_logits.detach().clone(),
+                method=prompt.method,
+                fingerprint=self.base_fingerprint,
+            )
+
+    def _compile(self, prompt: SoftPrompt, tasks: list[int] | None, *, all_logits: bool = False) -> list[Compiled]:
+        """Run the base once over a prompt (over all its `tasks` at once); keeps the graph where grad is enabled."""
+        if prompt.kind == "prefix":
+            pairs = [(k.to(self.device, self.dtype), v.to(self.device, self.dtype)) for k, v in prompt.key_values()]
+            return [Compiled(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), None)]
+        if tasks is None:
+            embeds = prompt.embeddings()[None]
+        else:
+            embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=self.device))
+        embeds = embeds.to(self.device, self.dtype)
+        keys, values, logits = self._run_prompt(embeds, all_logits)
+        return [
+            Compiled(
+                tuple(k[n] for k in keys), tuple(v[n] for v in values), logits[n, -1], logits[n] if all_logits else None
+            )
+            for n in range(embeds.shape[0])
+        ]
+
+    def _run_prompt(self, embeds: Tensor, all_logits: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` embeddings (all, or the last)."""
+        keep = 0 if all_logits else 1
+        if self._why_expanded is not None:
+            return expanded.run_prompt(self.base, embeds, keep)
+        capture = hooks.CaptureContext()
+        out = self.base(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, **{hooks.KEYWORD: capture})
+        layers = range(self._num_layers)
+        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], out.logits
+
+    @contextmanager
+    def _eval_base(self):
+        """Frozen prefixes are computed without dropout, also while the model is in training mode."""
+        with self._eval_lock:
+            modules = [module for module in self.base.modules() if module.training]
+            for module in modules:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in modules:
+                    module.training = True
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Digest of the base model's architecture and weights, computed once."""
+        if "_fingerprint" not in self.__dict__:
+            self._fingerprint = model_fingerprint(self.base)
+        return self._fingerprint
+
+    # ---- which prompt for which row ------------------------------------------------------------------------------
+
+    def _check_task(self, name: str, task: int | None) -> None:
+        prompt = self._bank[name]
+        tasks = _num_tasks(prompt)
+        if tasks is None:
+            return
+        if task is None:
+            raise ValueError(f"task_ids: prompt {name!r} is a multitask prompt; give a task (0..{tasks - 1}) per row")
+        if not 0 <= task < tasks:
+            raise ValueError(f"task_ids: prompt {name!r} has tasks 0..{tasks - 1}, found {task}")
+
+    def _row_prompts(self, prompt: Any, task_ids: Any, batch: int) -> list[RowPrompt | None]:
+        if isinstance(prompt, _Default):
+            prompt = self.active_prompt
+        if prompt is None or isinstance(prompt, str):
+            names: list[str | None] = [prompt] * batch
+        elif isinstance(prompt, Sequence) and all(n is None or isinstance(n, str) for n in prompt):
+            names = list(prompt)
+            if len(names) != batch:
+                raise ValueError(f"prompt: expected one name per row ({batch} rows), found a list of {len(names)}")
+        else:
+            raise TypeError(f"prompt: expected a name, a list of names or None, found {type(prompt).__name__}")
+        tasks: list[int | None] = [None] * batch
+        if task_ids is not None:
+            tasks = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+            if len(tasks) != batch:
+                raise ValueError(f"task_ids: expected one per row ({batch} rows), found {len(tasks)}")
+        rows: list[RowPrompt | None] = []
+        for name, task in zip(names, tasks, strict=True):
+            if name is None:
+                rows.append(None)
+                continue
+            self._check_task(name, task)
+            rows.append((name, None if _num_tasks(self._bank[name]) is None else int(task)))
+        return rows
+
+    def _is_trainable(self, name: str) -> bool:
+        prompt = self._bank[name]
+        return isinstance(prompt, SoftPrompt) and any(p.requires_grad for p in prompt.parameters())
+
+    def _select(
+        self, prompt: Any, task_ids: Any, batch: int, *, training: bool = False, virtual_logits: bool = False
+    ) -> tuple[Packed | None, Tensor | None]:
+        """The packed prefixes of this batch and each row's index into them (None: all rows use the only one)."""
+        if isinstance(prompt, Packed):
+            return prompt, None
+        rows = self._row_prompts(prompt, task_ids, batch)
+        distinct = list(dict.fromkeys(row for row in rows if row is not None))
+        if not distinct:
+            return None, None
+        names = {name for name, _ in distinct}
+        trainable = {name for name in names if torch.is_grad_enabled() and self._is_trainable(name)}
+        if training and trainable and trainable != names:
+            raise ValueError(
+                f"prompt: a training call mixes trainable prompts {sorted(trainable)} with frozen ones "
+                f"{sorted(names - trainable)}; train them in separate calls, or load all with trainable=True"
+            )
+        if trainable or virtual_logits:
+            packed = self._pack_with_graph(distinct, virtual_logits)
+        else:
+            packed = self._bank.packed(distinct)
+        if len(distinct) == 1 and None not in rows:
+            return packed, None
+        place: dict[RowPrompt | None, int] = {row: i for i, row in enumerate(distinct)}
+        place[None] = -1
+        return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
+
+    def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool) -> Packed:
+        compiled: dict[RowPrompt, Compiled] = {}
+        for name in dict.fromkeys(name for name, _ in distinct):
+            prompt = self._bank[name]
+            if isinstance(prompt, PrefixKV):
+                compiled[name, None] = Compiled(prompt.keys, prompt.values, prompt.next_logits)
+                continue
+            wanted = [row for row in distinct if row[0] == name]
+            tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
+            wants_logits = virtual_logits and prompt.method == "CPT"
+            compiled.update(zip(wanted, self._compile(prompt, tasks, all_logits=wants_logits), strict=True))
+        versions = [self._bank.version(name) for name, _ in distinct]
+        return pack(distinct, versions, [compiled[row] for row in distinct])
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt: Any = _ACTIVE,
+        task_ids: Tensor | Sequence[int] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        input_type_mask: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        own_start: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One pass over own tokens behind their prompts.
+
+        Args:
+            input_ids: int64 ``[B, S]`` own tokens (or ``inputs_embeds`` ``[B, S, H]``).
+            attention_mask: ``[B, past + S]``, 1 for real own tokens; zeros only at the ends of a row (padding).
+            labels: int64 ``[B, S]``, -100 where no loss is wanted. The first own token's label is predicted by the
+                last virtual token and counts, as in PEFT; prefix tuning and cartridges have no such term.
+            prompt: name for the batch, one name or None per row, or None; left out: the active prompt.
+            task_ids: int ``[B]``, for multitask prompts.
+            past_key_values: own tokens seen so far. use_cache: whether to return such a cache.
+            logits_to_keep: as in transformers.
+            return_logits: None: everywhere but in a training call (``self.training`` and labels), where only the
+                logits at labelled positions are computed and ``out.logits`` is None. True always gives them.
+            input_type_mask: int ``[B, S]``, CPT's token types of own tokens (default: all labels count).
+            num_items_in_batch: divisor of the summed loss instead of the number of labels (gradient accumulation).
+            prompt_index, own_start: int32 ``[B]``, set by :meth:`generate` so that a decode step computes neither.
+
+        Returns:
+            The base model's output class with ``loss`` and ``logits`` ``[B, S, V]``.
+
+        Raises:
+            ValueError: shapes that don't match, a mask with holes, a cache of other prompts, too many positions.
+            KeyError: unknown prompt (the message lists the known ones).
+            IndexError: a token id outside the vocabulary.
+        """
+        batch, length = self._check_inputs(input_ids, inputs_embeds, labels)
+        skip_logits = False
+        cpt = labels is not None and self._wants_cpt(prompt, task_ids, batch)
+        packed, index = self._select(
+            prompt, task_ids, batch, training=self.training and labels is not None, virtual_logits=cpt
+        )
+        index = prompt_index if prompt_index is not None else index
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        own_end = None
+        if own_start is None and attention_mask is not None:
+            own_start, own_end = self._padding(attention_mask, past, length)
+        shifted = first = None
+        if labels is not None:
+            visible = visible_labels(labels, own_start, own_end)
+            shifted, first = split_labels(visible, own_start)
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+                raise ValueError("logits_to_keep: can't be combined with labels, whose positions decide what is kept")
+            skip_logits = self.training if return_logits is None else not return_logits
+            if skip_logits:
+                logits_to_keep = labelled_columns(shifted)
+        run = self._forward_shared if self._why_expanded is None else self._forward_expanded
+        out = run(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            packed=packed,
+            index=index,
+            own_start=own_start,
+            own_end=own_end,
+            cache=past_key_values,
+            use_cache=use_cache if use_cache is not None else labels is None and self.config.use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if labels is not None:
+            if cpt:
+                loss = self._cpt_loss(out.logits, logits_to_keep, visible, own_start, packed, index, input_type_mask)
+            else:
+                kept = shifted[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else shifted
+                predicted = self._first_token_logits(packed, index, first)
+                loss = causal_lm_loss(out.logits, kept, *predicted, num_items=num_items_in_batch)
+            fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
+            out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
+        return out.to_tuple() if return_dict is False else out
+
+    def _check_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None
+    ) -> tuple[int, int]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        name, expected = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+        if given.dim() != expected:
+            raise ValueError(f"{name}: expected {expected} dimensions, found shape {tuple(given.shape)}")
+        batch, length = given.shape[:2]
+        if batch == 0:
+            raise ValueError(f"{name}: the batch is empty, found shape {tuple(given.shape)}")
+        if labels is not None and labels.shape != (batch, length):
+            raise ValueError(f"labels: expected shape {(batch, length)}, found {tuple(labels.shape)}")
+        if input_ids is not None and length != 1:
+            self._check_token_ids(input_ids)
+        return batch, length
+
+    def _check_token_ids(self, input_ids: Tensor) -> None:
+        """On the CPU always; elsewhere only :meth:`generate` pays the synchronisation, once a call."""
+        if input_ids.device.type != "cpu" or input_ids.numel() == 0 or torch.compiler.is_compiling():
+            return
+        check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
+
+    def _padding(self, attention_mask: Tensor, past: int | Tensor, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """A 2-D mask as ranges ``[own_start, own_end)`` per row; (None, None) where nothing is padded."""
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask: expected shape [batch, {int(past + length)}] (cached and new own tokens, no virtual "
+                f"tokens), found {tuple(attention_mask.shape)}"
+            )
+        return padding_ranges(attention_mask)
+
+    def _forward_shared(
+        self,
+        *,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+        own_start: Tensor | None,
+        own_end: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        (batch, length), device = given.shape[:2], given.device
+        if cache is None and use_cache:
+            cache = OwnTokenCache(self._num_layers)
+        past: int | Tensor = 0
+        query_start = None
+        if cache is not None:
+            adopt(cache, self._num_layers)
+            past = cache.get_seq_length()
+            claim_rows(cache, packed, index, batch, past)
+            if cache.layers and isinstance(cache.layers[0], StaticLayer):
+                # The buffer's capacity says nothing about positions: they travel in device tensors.
+                query_start = torch.zeros(batch, dtype=torch.int32, device=device) + past
+                filled = query_start + length
+                own_end = filled if own_end is None else torch.minimum(own_end, filled)
+        context = hooks.PrefixContext(
+            keys=None if packed is None else packed.keys,
+            values=None if packed is None else packed.values,
+            prefix_offsets=None if packed is None else packed.offsets,
+            prefix_index=None if packed is None else index,
+            own_start=own_start,
+            own_end=own_end,
+            query_start=query_start,
+            backend=self.backend,
+        )
+        positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
+        out = self.base(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=hooks.no_mask(batch, device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=logits_to_keep,
+            **{hooks.KEYWORD: context},
+            **kwargs,
+        )
+        if own_start is not None and isinstance(past, int) and past == 0 and not self.training:
+            self._predict_empty_rows(out, packed, index, own_start, own_end, length)
+        return out
+
+    def _positions(
+        self,
+        given: Tensor | None,
+        past: int | Tensor,
+        length: int,
+        packed: Packed | None,
+        index: Tensor | None,
+        own_start: Tensor | None,
+        own_end: Tensor | None,
+    ) -> Tensor:
+        """Position ids ``[1 or B, S]``: a row's virtual tokens, then its own from `own_start` on."""
+        virtual: int | Tensor = 0
+        if packed is not None:
+            virtual = packed.lengths[0] if index is None else packed.lengths_tensor[index.long()][:, None]
+        if given is not None:
+            positions = virtual + given
+        else:
+            own = torch.arange(length, device=self.device) + past
+            if own_start is not None:
+                own = own - own_start[:, None]
+                if own_end is not None:
+                    # Right padding may run past the model's positions; nobody sees those queries.
+                    own = torch.minimum(own, (own_end - own_start)[:, None] - 1)
+                own = own.clamp(min=0)
+            else:
+                own = own[None]
+            positions = virtual + own
+        limit = hooks.max_positions(self.base)
+        if limit is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = int(positions.max()) if positions.numel() else 0
+            if last >= limit:
+                most = max(packed.lengths) if packed is not None else 0
+                raise ValueError(
+                    f"input_ids: {most} virtual tokens and {last + 1 - most} own tokens need {last + 1} positions, "
+                    f"but the base model has max_position_embeddings={limit}"
+                )
+        return positions
+
+    def _predict_empty_rows(
+        self,
+        out: Any,
+        packed: Packed | None,
+        index: Tensor | None,
+        own_start: Tensor,
+        own_end: Tensor | None,
+        length: int,
+    ) -> None:
+        """A row with no own token: what follows is predicted by its last virtual token."""
+        empty = own_start >= (length if own_end is None else own_end)
+        if torch.compiler.is_compiling() or not bool(empty.any()):
+            return
+        logits = out.logits.clone()
+        for row in empty.nonzero().squeeze(1).tolist():
+            place = -1 if packed is None else 0 if index is None else int(index[row])
+            predicted = None if packed is None or place < 0 else packed.next_logits[place]
+            if predicted is None:
+                why = "has no prompt" if place < 0 else f"has a prefix of keys and values only ({packed.prompts[place][0]!r})"
+                raise ValueError(
+                    f"input_ids: row {row} has no own token and {why}, so nothing predicts its first token; "
+                    "give it at least one, e.g. the BOS token"
+                )
+            logits[row, -1] = predicted.to(logits.dtype)
+        out["logits"] = logits
+
+    def _first_token_logits(
+        self, packed: Packed | None, index: Tensor | None, first: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The prefix's predictions ``[R, V]`` for the rows whose first own token is labelled, and those labels."""
+        if packed is None or all(logits is None for logits in packed.next_logits):
+            return None, None
+        rows = (first != -100).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return None, None
+        if index is None:
+            return packed.next_logits[0].expand(rows.numel(), -1), first[rows]
+        predicting = [
+            (row, packed.next_logits[place])
+            for row, place in zip(rows.tolist(), index[rows].tolist(), strict=True)
+            if place >= 0 and packed.next_logits[place] is not None
+        ]
+        if not predicting:
+            return None, None
+        return torch.stack([logits for _, logits in predicting]), first[[row for row, _ in predicting]]
+
+    def _wants_cpt(self, prompt: Any, task_ids: Any, batch: int) -> bool:
+        """CPT has its own loss, over labels of virtual tokens too; a batch can't mix it with the ordinary one."""
+        rows = self._row_prompts(prompt, task_ids, batch)
+        is_cpt = {row is not None and getattr(self._bank[row[0]], "method", "") == "CPT" for row in rows}
+        if is_cpt == {True, False}:
+            raise ValueError("prompt: a call with labels mixes CPT, which has its own loss, with other prompts")
+        if is_cpt == {True} and any(isinstance(self._bank[row[0]], PrefixKV) for row in rows if row):
+            return False
+        return is_cpt == {True}
+
+    def _cpt_loss(
+        self,
+        logits: Tensor,
+        columns: int | Tensor,
+        labels: Tensor,
+        own_start: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+        input_type_mask: Tensor | None,
+    ) -> Tensor:
+        """PEFT's CPT loss (`SoftPrompt.cpt_targets` has the formula). What virtual tokens predict is the same for
+        all rows of a prompt, so it is computed once and weighted by row."""
+        assert packed is not None
+        total, count = logits.sum() * 0.0, 0
+        for place, (name, _) in enumerate(packed.prompts):
+            rows = torch.arange(labels.shape[0], device=labels.device) if index is None else (index == place).nonzero()[:, 0]
+            own_labels, types = labels[rows], None if input_type_mask is None else input_type_mask[rows]
+            targets, weights = self._bank[name].cpt_targets(own_labels, types)
+            virtual = packed.lengths[place]
+            own_weights = weights[:, virtual:]
+            start = None if own_start is None else own_start[rows]
+            shifted, first = split_labels(targets[:, virtual:], start)
+            shifted_weights, first_weights = torch.zeros_like(own_weights), own_weights[:, 0]
+            shifted_weights[:, :-1] = own_weights[:, 1:]
+            if start is not None:
+                first_weights = own_weights.gather(1, start.long().clamp(max=own_weights.shape[1] - 1)[:, None])[:, 0]
+            if isinstance(columns, Tensor):
+                shifted, shifted_weights = shifted[:, columns], shifted_weights[:, columns]
+            total = total + weighted_sum(logits[rows].flatten(0, 1), shifted.flatten(), shifted_weights.flatten())
+            predicted = packed.virtual_logits[place]
+            total = total + weighted_sum(predicted[-1:].expand(rows.numel(), -1), first, first_weights)
+            # Every row carries the same targets on its virtual tokens: one cross-entropy each, weights summed.
+            total = total + weighted_sum(predicted[:-1], targets[0, 1:virtual], weights[:, 1:virtual].sum(dim=0))
+            count = count + (targets[:, 1:] != -100).sum()
+        return total / count.clamp(min=1)
+
+    def _forward_expanded(self, **kwargs: Any) -> Any:
+        return expanded.forward(self.base, **kwargs)
+
+    def _virtual_embeddings(self, row: RowPrompt) -> Tensor | None:
+        """Virtual token embeddings ``[P, H]`` of an embedding method; None where there are none."""
+        prompt = self._bank[row[0]]
+        if isinstance(prompt, PrefixKV) or prompt.kind == "prefix":
+            return None
+        task_ids = None if row[1] is None else torch.tensor([row[1]], device=self.device)
+        return prompt.embeddings(task_ids=task_ids).to(self.dtype).flatten(0, -2)
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        prompt: Any = _ACTIVE,
+        task_ids: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` behind one or many prompts; every decoding option of it that uses a cache.
+
+        Args:
+            inputs: int64 ``[B, S]`` own tokens (also as ``input_ids=``), padded left or right. None or S = 0: generate
+                from the prompt alone.
+            prompt: name for the batch, one name or None per row, or None; left out: the active prompt.
+            task_ids: int ``[B]``, for multitask prompts.
+            attention_mask: ``[B, S]``, 1 for own tokens. Rows are continued after their last real token.
+            kwargs: as in transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``,
+                ``logits_processor``, ``cache_implementation="static"``, ``past_key_values`` of an earlier call, ...
+
+        Returns:
+            As transformers: the given ids followed by the new ones, ``[B * num_return_sequences, S + new]``.
+        """
+        input_ids = kwargs.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("inputs: pass either inputs or input_ids, not both")
+        input_ids = inputs if input_ids is None else input_ids
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if input_ids is None and inputs_embeds is None:
+            rows = 1 if isinstance(prompt, (str, _Default)) or prompt is None else len(prompt)
+            input_ids = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        batch, length = self._check_inputs(
+            input_ids if inputs_embeds is None else None, inputs_embeds, None
+        )
+        if input_ids is not None and input_ids.device.type != "cpu":
+            check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
+        packed, index = self._select(prompt, task_ids, batch)
+        if self._why_expanded is not None:
+            return expanded.generate(
+                self.base,
+                input_ids=input_ids,
+                packed=packed,
+                index=index,
+                attention_mask=attention_mask,
+                prompt_embeddings=self._virtual_embeddings,
+                **kwargs,
+            )
+        if packed is not None:
+            kwargs["prompt"] = packed
+        else:
+            kwargs["prompt"] = None
+        if index is not None:
+            kwargs["prompt_index"] = index
+        if length == 0:
+            return self._generate_from_prompt(batch, **kwargs)
+
+        own_start = own_end = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+                raise ValueError(
+                    f"attention_mask: expected {batch} rows of 2-D mask, found shape {tuple(attention_mask.shape)}"
+                )
+            own_start, own_end = padding_ranges(attention_mask)
+        shown = None
+        if own_end is not None and bool((own_end < attention_mask.shape[1]).any()):
+            if inputs_embeds is not None or kwargs.get("past_key_values") is not None:
+                raise ValueError("attention_mask: right padding needs input_ids and no cache; pad on the left instead")
+            # A row's continuation follows its last real token, so padding has to stand on the left.
+            shown, input_ids = input_ids, _right_align(input_ids, own_end)
+            own_start = (own_start if own_start is not None else 0) + (length - own_end)
+            attention_mask = (torch.arange(length, device=input_ids.device) >= own_start[:, None]).long()
+        if own_start is not None:
+            kwargs["own_start"] = own_start
+        if attention_mask is None:
+            # Never let transformers guess a mask from pad ids: an own token may equal the pad token.
+            past = kwargs.get("past_key_values")
+            total = max(length, 0 if past is None else int(past.get_seq_length()))
+            attention_mask = torch.ones(batch, total, dtype=torch.long, device=given.device)
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        result = super().generate(attention_mask=attention_mask, **kwargs)
+        if shown is not None:
+            sequences = result if isinstance(result, Tensor) else result.sequences
+            sequences[:, :length] = shown.repeat_interleave(sequences.shape[0] // batch, dim=0)
+        return result
+
+    def _generate_from_prompt(self, batch: int, **kwargs: Any) -> Any:
+        """With no own token, one padding position stands in for them; its logits are the prefix's prediction."""
+        kwargs.pop("inputs_embeds", None)
+        width = self.base.get_input_embeddings().embedding_dim
+        placeholder = torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device)
+        kwargs["own_start"] = torch.ones(batch, dtype=torch.int32, device=self.device)
+        mask = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        return super().generate(inputs_embeds=placeholder, attention_mask=mask, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next step's arguments: new own tokens, the cache, and the prompt selection made by :meth:`generate`.
+        No mask and no position is built here: a row's ``own_start`` says all there is."""
+        inputs: dict[str, Any] = {name: value for name, value in kwargs.items() if name != "position_ids"}
+        if inputs_embeds is not None and is_first_iteration:
+            inputs["inputs_embeds"] = inputs_embeds if next_sequence_length is None else inputs_embeds[:, -next_sequence_length:]
+        else:
+            inputs["input_ids"] = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+        inputs["past_key_values"] = past_key_values
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        kind = generation_config.cache_implementation
+        if given is not None:
+            if kind is not None:
+                raise ValueError("cache_implementation: can't be combined with past_key_values")
+            model_kwargs["past_key_values"] = adopt(given, self._num_layers)
+        elif generation_config.use_cache is False:
+            return
+        elif kind in (None, "dynamic"):
+            model_kwargs["past_key_values"] = OwnTokenCache(self._num_layers)
+        elif kind == "static":
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = make_static_cache(self._num_layers, length)
+        else:
+            raise ValueError(f"cache_implementation: expected None, 'dynamic' or 'static', found {kind!r}")
+
+    # ---- what runs where -----------------------------------------------------------------------------------------
+
+    def _probe(self) -> str | None:
+        """Why this base can't share prefixes inside attention; None if it can.
+
+        Not a list of names: a few tokens run as a whole and as "prefix, then own tokens", and the logits must agree.
+        A family that drops keyword arguments, bypasses the attention interface or places positions differently is
+        found here, and takes the exact, slower path.
+        """
+        reason = hooks.install(self.base)
+        if reason is None and self.device.type != "meta":
+            try:
+                with torch.no_grad(), self._eval_base():
+                    reason = self._probe_shared()
+            except Exception as error:
+                # Whatever an unknown architecture raises here only means that it can't take the fast path.
+                reason = f"a probe of the attention interface failed: {type(error).__name__}: {error}"
+        if reason is not None:
+            hooks.uninstall(self.base)
+        return reason
+
+    def _probe_shared(self) -> str | None:
+        embedding = self.base.get_input_embeddings()
+        ids = torch.arange(1, 6, device=self.device)[None] % embedding.num_embeddings
+        capture = hooks.CaptureContext()
+        self.base(inputs_embeds=embedding(ids[:, :3]), use_cache=False, **{hooks.KEYWORD: capture})
+        layers = list(range(self._num_layers))
+        if sorted(capture.keys) != layers:
+            missing = sorted(set(layers) - set(capture.keys))
+            return f"{type(self.base).__name__}: the prefix does not reach layers {missing}"
+        context = hooks.PrefixContext(
+            keys=tuple(capture.keys[i][0] for i in layers), values=tuple(capture.values[i][0] for i in layers), backend=self.backend, reached=[]
+        )
+        shared = self.base(
+            inputs_embeds=embedding(ids[:, 3:]),
+            attention_mask=hooks.no_mask(1, self.device),
+            position_ids=torch.tensor([[3, 4]], device=self.device),
+            use_cache=False,
+            **{hooks.KEYWORD: context},
+        ).logits
+        whole = self.base(inputs_embeds=embedding(ids), use_cache=False).logits[:, 3:]
+        error = (shared - whole).abs().max() / whole.abs().max().clamp(min=1e-6)
+        allowed = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
+        if sorted(context.reached or []) != layers or not bool(error <= allowed):
+            return f"{type(self.base).__name__}: logits behind a shared prefix differ by {float(error):.1e} (relative)"
+        return None
+
+    def explain(self) -> Explanation:
+        """The path of every layer; see :func:`softprompt_fast.explain`."""
+        if self._why_expanded is not None:
+            path = LayerPath(0, "expanded prefix", "transformers", self._why_expanded)
+        else:
+            backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
+            path = LayerPath(0, "shared prefix", backend, reason)
+        layers = tuple(LayerPath(i, path.path, path.backend, path.reason) for i in range(self._num_layers))
+        return Explanation(type(self.base).__name__, layers)
+
+    # ---- nn.Module and transformers plumbing ---------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def can_generate(self) -> bool:
+        return True
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SoftPromptModel:
+        """``.to()``, ``.half()``, ...: prefixes follow the base; soft prompts keep the dtype that they train in."""
+        masters = {name: parameter.dtype for name, parameter in self.prompts.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.prompts.named_parameters():
+            if parameter.dtype != masters[name]:
+                parameter.data = parameter.data.to(masters[name])
+        self.__dict__.pop("_fingerprint", None)
+        self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "SoftPromptModel can't be pickled (nor deep-copied): save prompts with save_prompt(name, directory) or "
+            "compile_prompt(name).save_pretrained(directory) and rebuild the model around its base"
+        )
+
+    def extra_repr(self) -> str:
+        return f"prompts={self.prompt_names}, active={self.active_prompt!r}"
+
+
+def _num_tasks(prompt: SoftPrompt | PrefixKV) -> int | None:
+    """How many tasks a multitask prompt has; None for every other one, whose `task_ids` are ignored as in PEFT."""
+    return prompt.config["num_tasks"] if prompt.method == "MULTITASK_PROMPT_TUNING" and isinstance(prompt, SoftPrompt) else None
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """IndexError naming the id, its place and the vocabulary size where one is out of range (synchronises)."""
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        found = int(input_ids[row, column])
+        raise IndexError(
+            f"input_ids: token id {found} at row {row}, position {column} is outside the vocabulary of {vocab_size}"
+        )
+
+
+def padding_ranges(attention_mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The ranges of ones of a 2-D mask: int32 ``own_start``, ``own_end`` ``[B]``; None where no row is padded there.
+
+    Raises:
+        ValueError: a row has a zero between ones: which position its later tokens have would be a guess.
+    """
+    mask = attention_mask != 0
+    total = mask.shape[1]
+    count = mask.sum(dim=1)
+    if torch.compiler.is_compiling():
+        start = torch.where(count > 0, mask.int().argmax(dim=1), total)
+        return start.int(), (start + count).int()
+    if bool((count == total).all()):
+        return None, None
+    start = torch.where(count > 0, mask.int().argmax(dim=1), total)
+    last = total - mask.flip(1).int().argmax(dim=1)
+    holes = (count > 0) & (last - start != count)
+    if bool(holes.any()):
+        row = int(holes.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has masked positions between its tokens; only padding at its ends is supported"
+        )
+    end = start + count
+    return (
+        start.int() if bool((start > 0).any()) else None,
+        end.int() if bool((end < total).any()) else None,
+    )
+
+
+def _right_align(input_ids: Tensor, own_end: Tensor) -> Tensor:
+    """Rotate each row so that its last real token stands in the last column."""
+    length = input_ids.shape[1]
+    column = torch.arange(length, device=input_ids.device)
+    return input_ids.gather(1, (column + own_end.long()[:, None]) % length)
+
+
+def claim_rows(cache: Cache, packed: Packed | None, index: Tensor | None, batch: int, past: int | Tensor) -> None:
+    """Note on `cache` which prompt each row attends to; refuse one that was filled behind other prompts.
+
+    Raises:
+        ValueError: the cached tokens attended to other prompts, to another version of them, or are not known.
+    """
+    claim = (packed, index)
+    known = getattr(cache, "_soft_prompt_rows", None)
+    if known is not None and known[0] is packed and known[1] is index:
+        return
+    if known is None or torch.compiler.is_compiling():
+        if known is None and int(past) > 0:
+            raise ValueError(
+                "past_key_values: the cache holds tokens that did not come from this model; pass one that it returned"
+            )
+        cache._soft_prompt_rows = claim  # type: ignore[attr-defined]
+        return
+    if int(past) > 0:
+        before, now = _rows_of(*known, batch), _rows_of(packed, index, batch)
+        for row, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old != new:
+                names = [None if r is None else r[0][0] for r in (old, new)]
+                what = f"prompt {names[0]!r}, but row {row} now asks for prompt {names[1]!r}"
+                if names[0] == names[1]:
+                    what = f"an earlier version of prompt {names[0]!r} (row {row}), which changed since"
+                raise ValueError(f"past_key_values: the cached tokens attended to {what}")
+    cache._soft_prompt_rows = claim  # type: ignore[attr-defined]
+
+
+def _rows_of(packed: Packed | None, index: Tensor | None, batch: int) -> list[tuple[RowPrompt, int] | None]:
+    if packed is None:
+        return [None] * batch
+    known = [*zip(packed.prompts, packed.versions, strict=True), None]
+    return [known[0]] * batch if index is None else [known[place] for place in index.tolist()]
