@@ -94,9 +94,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     }
     systems = {name: system for name, system in systems.items() if name in args.systems}
     samples, outputs = interleave(systems, args.rounds, args.warmup)
-    agreement = {
-        name: float((outputs[name] == outputs["ours"]).float().mean()) for name in outputs if name != "ours"
-    }
+    agreement = {name: float((outputs[name] == outputs["ours"]).float().mean()) for name in outputs if name != "ours"}
     return {"samples": samples, "agreement": agreement, "prefix_bytes": prefix.nbytes}
 
 
@@ -133,7 +131,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {"samples": samples, "agreement": agreement}
 
 
-def interleave(systems: dict[str, Callable[[], Any]], rounds: int, warmup: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def interleave(
+    systems: dict[str, Callable[[], Any]], rounds: int, warmup: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in systems}
     outputs: dict[str, Any] = {}
     for number in range(-warmup, rounds):
@@ -159,7 +159,9 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     for name, whats in result["samples"].items():
         for what, seconds in whats.items():
             ratios = [t / o for t, o in zip(seconds, result["samples"]["ours"][what], strict=True)]
-            shown = "" if name == "ours" else f"{statistics.median(ratios):.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
+            shown = (
+                "" if name == "ours" else f"{statistics.median(ratios):.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
+            )
             if name != "ours":
                 result["ratios"][f"{name}, {what}"] = statistics.median(ratios)
             row = statistics.median(seconds), min(seconds), max(seconds)
@@ -188,7 +190,9 @@ def main() -> None:
         import peft
         import transformers
 
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
         result["setting"] = {
             "workload": args.workload,
             **{name: getattr(args, name) for name in ("batch", "virtual_tokens", "own", "new", "labels", "rounds")},

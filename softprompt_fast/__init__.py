@@ -21,12 +21,12 @@ from softprompt_fast._version import __version__
 
 if TYPE_CHECKING:
     from softprompt_fast import nn, ops
-    from softprompt_fast.wrap import accelerate
     from softprompt_fast.encoder import EncoderDecoderSoftPromptModel, EncoderSoftPromptModel
     from softprompt_fast.explanation import Explanation, explain
     from softprompt_fast.model import SoftPromptModel
     from softprompt_fast.prefix_kv import PrefixKV
     from softprompt_fast.prompt import SoftPrompt
+    from softprompt_fast.wrap import accelerate
 
 _HOME = {
     "accelerate": "softprompt_fast.wrap",

@@ -10,9 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import SoftPrompt
+
+#: Versions are unique in the process, not in a bank: a cache may be handed to another model that knows the same names.
+_VERSIONS = itertools.count(1)
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    # Fused optimizers write parameters without autograd's version counters noticing.
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 #: A prompt as a row asks for it: its name, and the task of a multitask prompt.
 RowPrompt = tuple[str, int | None]
@@ -90,6 +104,8 @@ class _Entry:
     prompt: SoftPrompt | PrefixKV
     version: int
     seen: tuple[int, ...] = ()
+    # Kept and not only their ids, which a new parameter may inherit from a dead one.
+    parameters: tuple[torch.nn.Parameter, ...] = ()
 
 
 class PromptBank:
@@ -107,7 +123,6 @@ class PromptBank:
         self._entries: dict[str, _Entry] = {}
         self._compiled: dict[RowPrompt, tuple[int, PrefixKV]] = {}
         self._packs: OrderedDict[tuple[tuple[RowPrompt, int], ...], Packed] = OrderedDict()
-        self._versions = itertools.count(1)
         self._lock = threading.RLock()
 
     def __contains__(self, name: object) -> bool:
@@ -144,7 +159,7 @@ class PromptBank:
             if name in self._entries and not replace:
                 raise ValueError(f"name: a prompt called {name!r} is already loaded; pass replace=True to replace it")
             self._forget(name)
-            self._entries[name] = _Entry(prompt, next(self._versions))
+            self._entries[name] = _Entry(prompt, next(_VERSIONS))
 
     def remove(self, name: str) -> None:
         """Drop a prompt and its prefix; a call under way keeps what it started with."""
@@ -162,7 +177,7 @@ class PromptBank:
         """Forget every compiled prefix: the base model's weights, dtype or device changed."""
         with self._lock:
             for entry in self._entries.values():
-                entry.version = next(self._versions)
+                entry.version = next(_VERSIONS)
             self._compiled.clear()
             self._packs.clear()
 
@@ -177,36 +192,42 @@ class PromptBank:
     def version(self, name: str) -> int:
         """A number that changes whenever the content of prompt `name` does.
 
-        In-place updates of its parameters (an optimizer step, ``load_state_dict``) are seen through the version
-        counters that autograd keeps; writes through ``.data`` are not: call :meth:`invalidate` after those.
+        In-place updates of its parameters (``load_state_dict``, most optimizers) are seen through the version counters
+        that autograd keeps, and every step of a ``torch.optim`` optimizer counts as an update of all prompts that
+        require grad; writes through ``.data`` are not seen: call :meth:`invalidate` after those.
         """
         entry = self._entries[name]
         if isinstance(entry.prompt, SoftPrompt):
-            seen = tuple(itertools.chain.from_iterable((id(p), p._version) for p in entry.prompt.parameters()))
-            if seen != entry.seen:
+            parameters = tuple(entry.prompt.parameters())
+            steps = _optimizer_steps if any(p.requires_grad for p in parameters) else 0
+            seen = (steps, *(p._version for p in parameters))
+            replaced = any(new is not old for new, old in zip(parameters, entry.parameters, strict=False))
+            if seen != entry.seen or replaced:
                 with self._lock:
                     if entry.seen:
-                        entry.version = next(self._versions)
-                    entry.seen = seen
+                        entry.version = next(_VERSIONS)
+                    entry.seen, entry.parameters = seen, parameters
         return entry.version
 
     def prefix(self, name: str, task: int | None = None) -> PrefixKV:
         """The frozen prefix of a prompt, computed at the first call and after every change of the prompt."""
-        prompt = self[name]
-        if isinstance(prompt, PrefixKV):
-            return prompt
+        return self._resolve(name, task)[1]
+
+    def _resolve(self, name: str, task: int | None) -> tuple[int, PrefixKV]:
+        """A prompt's version and its prefix, both of the same moment."""
         with self._lock:
-            version = self.version(name)
+            prompt, version = self[name], self.version(name)
+            if isinstance(prompt, PrefixKV):
+                return version, prompt
             known = self._compiled.get((name, task))
             if known is None or known[0] != version:
                 known = self._compiled[name, task] = (version, self._compile(prompt, task))
-            return known[1]
+            return known
 
     def packed(self, prompts: Iterable[RowPrompt]) -> Packed:
         """The frozen prefixes of `prompts` packed end to end; the last few packs are kept."""
         prompts = tuple(prompts)
-        prefixes = [self.prefix(*prompt) for prompt in prompts]
-        versions = [self.version(name) for name, _ in prompts]
+        versions, prefixes = zip(*(self._resolve(*prompt) for prompt in prompts), strict=True)
         key = tuple(zip(prompts, versions, strict=True))
         with self._lock:
             packed = self._packs.get(key)

@@ -63,16 +63,17 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, end = self._length, self._length + key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            past = self.keys, self.values
-            self.keys = key_states if past[0] is None else torch.cat([past[0], key_states], dim=2)
-            self.values = value_states if past[1] is None else torch.cat([past[1], value_states], dim=2)
-            return self._keys, self._values
-        self._keys = _with_room(self._keys, key_states, start, end)
-        self._values = _with_room(self._values, value_states, start, end)
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
+            past_keys, past_values = self.keys, self.values
+            keys = key_states if past_keys is None else torch.cat([past_keys, key_states], dim=2)
+            values = value_states if past_values is None else torch.cat([past_values, value_states], dim=2)
+            self.keys, self.values = keys, values
+            return keys, values
+        keys = self._keys = _with_room(self._keys, key_states, start, end)
+        values = self._values = _with_room(self._values, value_states, start, end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
         self._length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self) -> int:
         return self._length
@@ -91,9 +92,8 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows ``beam_idx`` become the rows of the cache; the buffer and its spare room are kept."""
-        if self._length:
-            for buffer in (self._keys, self._values):
-                used = buffer[:, :, : self._length]
+        for used in (self.keys, self.values):
+            if used is not None and self._length:
                 used.copy_(used.index_select(0, beam_idx.to(used.device)))
 
 
@@ -103,7 +103,7 @@ def _with_room(buffer: torch.Tensor | None, new: torch.Tensor, used: int, needed
         return buffer
     capacity = max(needed, _FIRST_CAPACITY, 2 * used)
     grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-    if used:
+    if buffer is not None and used:
         grown[:, :, :used] = buffer[:, :, :used]
     return grown
 
@@ -129,6 +129,25 @@ def make_static_cache(num_layers: int, max_cache_len: int) -> Cache:
     after which own positions can no longer be told from the buffer's index.
     """
     return Cache(layers=[StaticLayer(max_cache_len=max_cache_len) for _ in range(num_layers)])
+
+
+def drop_first_token(cache: Cache) -> None:
+    """Forget the first token of every row, in place."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            # In the buffers themselves: CUDA graphs know them by address.
+            for buffer in (layer.keys, layer.values):
+                buffer.copy_(buffer.roll(-1, dims=2))
+            layer.cumulative_length.sub_(1)
+        else:
+            keys, values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+            layer.keys, layer.values = keys, values
+
+
+def rows_held(cache: Cache) -> int | None:
+    """The number of rows a cache is tied to by the tokens it holds; None while it is empty."""
+    keys = cache.layers[0].keys if cache.layers else None
+    return keys.shape[0] if keys is not None and keys.dim() == 4 and keys.shape[2] else None
 
 
 def adopt(cache: Cache, num_layers: int) -> Cache:

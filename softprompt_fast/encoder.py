@@ -2,7 +2,8 @@
 """Soft prompts where they are no causal prefix: encoders, encoder-decoders, and task heads over a causal backbone.
 
 In an encoder virtual tokens attend to own tokens as well, so an embedding prompt has no fixed keys and values: it runs
-through the layers with every batch, behind one fused concatenation. Prefix methods keep one prefix that all rows share.
+through the layers with every row, behind one fused concatenation. Prefix methods, and every prompt before a causal
+backbone, are one prefix that all rows share.
 
 A row's result depends on neither its neighbours nor its padding. Rows are packed so that all start (or, where the head
 reads the last token, end) at the same column, which gives every token the position it has in the row alone; results go
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import decoder_prefix as decoder
@@ -35,7 +36,7 @@ from softprompt_fast.row_layout import RowLayout
 
 logger = logging.getLogger("softprompt_fast")
 
-#: What ``prompt=`` takes: a name for the batch, one name (or None) per row, None for no prompt, ... for the active one.
+#: What ``prompt=`` takes: a name for the batch, one name or None per row, None for no prompt, ... for the active one.
 PromptArgument = str | Sequence[str | None] | None | EllipsisType
 
 
@@ -44,13 +45,13 @@ class EncoderSoftPromptModel(nn.Module):
 
     Args:
         base: a transformers model: ``...ForSequenceClassification``, ``...ForTokenClassification``,
-            ``...ForQuestionAnswering``, or a bare encoder (FEATURE_EXTRACTION). Used as it is, not copied; with a prefix
-            prompt its attention implementation is replaced by one that computes the same without a prompt.
+            ``...ForQuestionAnswering``, or a bare backbone (FEATURE_EXTRACTION). Used as it is, not copied; where rows
+            share a prefix, its attention implementation is replaced by one that computes the same without a prompt.
         backend: force one backend of the ops; None picks automatically.
 
     Results equal PEFT's on each row alone and unpadded, with outputs for own tokens only: ``logits`` of a token
-    classifier are ``[B, S, num_labels]`` and ``last_hidden_state`` is ``[B, S, H]`` (zeros at padding), where PEFT gives
-    P + S. A pooled head reads what it reads in PEFT, which for an embedding prompt on bert or roberta is the first
+    classifier are ``[B, S, num_labels]`` and ``last_hidden_state`` is ``[B, S, H]`` (zeros at padding), where PEFT
+    gives P + S. A pooled head reads what it reads in PEFT: for an embedding prompt on bert or roberta the first
     virtual token. Rows with different prompts run as one batch per prompt, because each adapter brings its own head.
 
     Raises:
@@ -70,6 +71,7 @@ class EncoderSoftPromptModel(nn.Module):
         self.config = base.config
         self.backend = backend
         self.prompts = nn.ModuleDict()
+        self.heads = nn.ModuleDict()  # trainable modules_to_save of each prompt
         self.active_prompt: str | None = None
         self._keys: dict[str, str] = {}
         self._why_expanded: str | None = None
@@ -102,8 +104,14 @@ class EncoderSoftPromptModel(nn.Module):
     def load_prompt(
         self, name: str, directory: str | os.PathLike[str], *, trainable: bool = False, replace: bool = False
     ) -> None:
-        """Load a PEFT adapter directory, with the head trained along with it, under `name`."""
-        self.add_prompt(name, peft_io.load_adapter(directory, trainable=trainable), replace=replace)
+        """Load a PEFT adapter directory, with the head trained along with it, under `name`.
+
+        With `trainable` both the prompt and its head require grad and are among ``self.parameters()``.
+        """
+        prompt = peft_io.load_adapter(directory, trainable=trainable)
+        if trainable:
+            prompt.modules_to_save = {name: nn.Parameter(head) for name, head in prompt.modules_to_save.items()}
+        self.add_prompt(name, prompt, replace=replace)
 
     def add_prompt(self, name: str, prompt: SoftPrompt, *, replace: bool = False) -> None:
         """Put a prompt under `name`. The first one becomes the active prompt.
@@ -122,22 +130,27 @@ class EncoderSoftPromptModel(nn.Module):
         peft_io.check_compatible(prompt, self.base)
         self._check_served(prompt)
         self._view(prompt)  # raises where its modules_to_save don't fit
-        if prompt.kind == "prefix":
-            self._install()
+        if self._shares(prompt) and (reason := self._install(self.base)) is not None:
+            self._expand_because(reason)
+        was_active = self.active_prompt == name
         if name in self._keys:
-            del self.prompts[self._keys.pop(name)]
+            self.remove_prompt(name)
         key = "prompt_" + name.replace(".", "_dot_")  # a ModuleDict key holds no dot
         while key in self.prompts:
             key += "_"
         self._keys[name] = key
         self.prompts[key] = prompt.to(self.base.device)
-        if self.active_prompt is None:
+        self.heads[key] = nn.ParameterList(
+            head for head in prompt.modules_to_save.values() if isinstance(head, nn.Parameter) and head.requires_grad
+        )
+        if was_active or self.active_prompt is None:
             self.active_prompt = name
 
     def remove_prompt(self, name: str) -> None:
         """Drop a prompt; if it was the active one, none is."""
         self.get_prompt(name)
-        del self.prompts[self._keys.pop(name)]
+        key = self._keys.pop(name)
+        del self.prompts[key], self.heads[key]
         if self.active_prompt == name:
             self.active_prompt = None
 
@@ -172,13 +185,19 @@ class EncoderSoftPromptModel(nn.Module):
 
     def _path(self, prompt: SoftPrompt) -> tuple[str, str, str]:
         """Path, backend and reason of one prompt."""
-        if prompt.kind == "embedding":
+        where = self._where(prompt)
+        if prompt.kind == "embedding" and not self._shares(prompt):
             backend, _ = serving_backend("prompt_concat", self.device.type, self.backend)
-            return self._where(prompt) + "virtual tokens in every row", backend, "own tokens change what they compute"
-        if self._why_expanded is not None:
-            return self._where(prompt) + "expanded prefix", "transformers", self._why_expanded
+            why = self._why_expanded if self._causal else "own tokens change what virtual tokens compute"
+            return where + "virtual tokens in every row", backend, why or ""
+        if not self._shares(prompt):
+            return where + "expanded prefix", "transformers", self._why_expanded or ""
         backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
-        return self._where(prompt) + "shared prefix", backend, reason
+        return where + "shared prefix", backend, reason
+
+    def _shares(self, prompt: SoftPrompt) -> bool:
+        """Whether all rows share one prefix: behind causal attention an embedding prompt becomes one too."""
+        return self._why_expanded is None and (prompt.kind == "prefix" or self._causal)
 
     def _where(self, prompt: SoftPrompt) -> str:
         return ""
@@ -197,8 +216,9 @@ class EncoderSoftPromptModel(nn.Module):
                     f"{prompt.method}: {type(backbone).__name__} takes no past_key_values, hence no prefix"
                 )
 
-    def _install(self) -> None:
-        self._why_expanded = hooks.install(self.base)
+    @staticmethod
+    def _install(base: PreTrainedModel) -> str | None:
+        return hooks.install(base)
 
     def _view(self, prompt: SoftPrompt | None) -> PreTrainedModel:
         return with_tensors(self.base, {} if prompt is None else prompt.modules_to_save)
@@ -214,7 +234,7 @@ class EncoderSoftPromptModel(nn.Module):
         if prompt is ...:
             prompt = self.active_prompt
         if prompt is None or isinstance(prompt, str):
-            names = [prompt] * batch
+            names: list[str | None] = [prompt] * batch
         elif isinstance(prompt, Sequence) and all(n is None or isinstance(n, str) for n in prompt):
             names = list(prompt)
             if len(names) != batch:
@@ -275,8 +295,7 @@ class EncoderSoftPromptModel(nn.Module):
         Args:
             input_ids: int64 ``[B, S]`` own tokens (or ``inputs_embeds`` ``[B, S, H]``).
             attention_mask: ``[B, S]``, zeros only at the ends of a row (padding).
-            token_type_ids: int64 ``[B, S]``; virtual tokens get 0. PEFT ignores them for FEATURE_EXTRACTION, and so does
-                this.
+            token_type_ids: int64 ``[B, S]``; virtual tokens get 0. Ignored for FEATURE_EXTRACTION, as in PEFT.
             position_ids: int64 ``[B, S]``, positions in the row alone, without the prompt. Refused with an embedding
                 prompt, for which PEFT ignores them.
             labels: as the base takes them; of a token classifier ``[B, S]`` over own tokens.
@@ -305,32 +324,41 @@ class EncoderSoftPromptModel(nn.Module):
         }
         return self._by_prompt(prompt, inputs, kwargs)
 
-    def _run(self, prompt: SoftPrompt | None, inputs: dict[str, Any], call: dict[str, Any]) -> Any:
+    def _run(self, prompt: SoftPrompt | None, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         base = self._view(prompt)
-        embeds_prompt = prompt is not None and prompt.kind == "embedding"
-        virtual = 0 if prompt is None else prompt.num_virtual_tokens
-        front = virtual if embeds_prompt else 0  # virtual tokens that stand among the hidden states
-        tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
+        tokens = ids if embeds is None else embeds
         layout = RowLayout.of(
             inputs["attention_mask"], tokens.shape[:2], tokens.device, at_end=self._at_end, name="attention_mask"
         )
+        virtual = 0 if prompt is None else prompt.num_virtual_tokens
         self._check_positions(virtual + layout.packed, virtual)
+        types, positions = inputs["token_type_ids"], inputs["position_ids"]
+        if types is not None and prompt is not None and prompt.task_type == "FEATURE_EXTRACTION":
+            logger.warning("token_type_ids: ignored for FEATURE_EXTRACTION, as PEFT does")
+            types = None
 
-        if embeds_prompt:
-            call["inputs_embeds"] = _concat(base, layout, tokens, prompt.embeddings(inputs["task_ids"]))
+        prefix = None
+        if prompt is not None and (prompt.kind == "prefix" or self._shares(prompt)):
+            prefix = self._prefix(base, prompt, inputs["task_ids"], types is not None)
+        # Virtual tokens that stand among the hidden states: none where they are a prefix.
+        front = 0 if prefix is not None else virtual
+
+        call = {**options, "attention_mask": layout.mask(front)}
+        if prompt is None or prompt.kind == "prefix":
+            call["input_ids" if embeds is None else "inputs_embeds"] = self._packed(layout, tokens)
+        elif prefix is None:
+            call["inputs_embeds"] = _concat(base, layout, tokens, prompt.embeddings(inputs["task_ids"]), self.backend)
         else:
-            call["input_ids" if inputs["inputs_embeds"] is None else "inputs_embeds"] = self._packed(layout, tokens)
-        call["attention_mask"] = layout.mask(front)
-        if (types := inputs["token_type_ids"]) is not None:
-            if prompt is not None and prompt.task_type == "FEATURE_EXTRACTION":
-                logger.warning("token_type_ids: ignored for FEATURE_EXTRACTION, as PEFT does")
-            else:
-                call["token_type_ids"] = pad(layout.pack(types), (front, 0))
-        if (positions := inputs["position_ids"]) is not None:
-            if embeds_prompt:
+            # As embeddings, because a head that looks for the last real id would take a final pad token for padding.
+            call["inputs_embeds"] = layout.pack(tokens if embeds is not None else base.get_input_embeddings()(ids))
+        if types is not None:
+            call["token_type_ids"] = pad(layout.pack(types), (front, 0))
+        if positions is not None:
+            if prompt is not None and prompt.kind == "embedding":
                 raise ValueError("position_ids: not supported with an embedding prompt, expected None")
             call["position_ids"] = layout.pack(positions) + virtual
-        elif self._at_end or virtual > front:
+        elif self._at_end or prefix is not None:
             call["position_ids"] = layout.positions(front, self._first_position + virtual - front)
         if self._causal:
             call["use_cache"] = False
@@ -338,11 +366,63 @@ class EncoderSoftPromptModel(nn.Module):
         if labels is not None:
             call["labels"] = layout.pack_labels(labels, front) if self._labels_tokens(labels, layout) else labels
 
-        if prompt is not None and prompt.kind == "prefix":
-            output = self._call_with_prefix(base, prompt, layout, call)
-        else:
-            output = base(**call)
+        output = base(**call) if prefix is None else self._behind(prefix, base, layout, call)
+        if output is None:  # just found out that nothing is shared
+            return self._run(prompt, inputs, options)
         return _own_tokens(output, layout, inputs["start_positions"], inputs["end_positions"])
+
+    def _prefix(
+        self, base: PreTrainedModel, prompt: SoftPrompt, task_ids: Tensor | None, with_types: bool
+    ) -> hooks.PrefixContext | None:
+        """The prompt as keys and values; None where an embedding prompt can't become that.
+
+        An embedding prompt runs through the layers once a call (for a multitask prompt, once a task in the batch),
+        differentiably.
+        """
+        if prompt.kind == "prefix":
+            keys, values = _key_values(prompt, self.base)
+            return hooks.PrefixContext(keys, values, causal=self._causal, backend=self.backend)
+        index = offsets = None
+        if task_ids is not None and prompt.method == "MULTITASK_PROMPT_TUNING":
+            task_ids, index = task_ids.unique(return_inverse=True)
+        embeds = prompt.embeddings(task_ids).to(self.base.device, self.base.dtype)
+        embeds = embeds if embeds.dim() == 3 else embeds[None]
+        tasks, virtual = embeds.shape[:2]
+        types = {"token_type_ids": embeds.new_zeros(tasks, virtual, dtype=torch.long)} if with_types else {}
+        capture = hooks.CaptureContext()
+        base.base_model(inputs_embeds=embeds, use_cache=False, **types, **{hooks.KEYWORD: capture})
+        layers = range(hooks.num_attention_layers(self.base))
+        if set(capture.keys) != set(layers):
+            self._expand_because("its layers don't hand keyword arguments down to the attention function")
+            return None
+        if index is not None:
+            index = index.to(self.device, torch.int32)
+            offsets = torch.arange(0, (tasks + 1) * virtual, virtual, dtype=torch.int32, device=self.device)
+        # [N, Hkv, P, D] -> [Hkv, N * P, D]
+        keys = tuple(capture.keys[i].transpose(0, 1).flatten(1, 2) for i in layers)
+        values = tuple(capture.values[i].transpose(0, 1).flatten(1, 2) for i in layers)
+        return hooks.PrefixContext(keys, values, offsets, index, causal=True, backend=self.backend)
+
+    def _behind(
+        self, prefix: hooks.PrefixContext, base: PreTrainedModel, layout: RowLayout, call: dict[str, Any]
+    ) -> Any:
+        """The base's output for packed rows behind `prefix`; None if its layers turn out not to see it."""
+        keys, values = prefix.keys or (), prefix.values or ()
+        if self._why_expanded is not None:
+            self._check_cache_is_used()
+            mask = pad(call["attention_mask"], (keys[0].shape[1], 0), value=1)
+            past = _expanded_cache(keys, values, len(layout.length))
+            return base(**{**call, "attention_mask": mask, "past_key_values": past})
+        if not layout.full:
+            bound = (layout.first if self._at_end else layout.length).to(torch.int32)
+            prefix.own_start, prefix.own_end = (bound, None) if self._at_end else (None, bound)
+        prefix.windows = {}
+        # The own tokens' mask goes along: a layer that misses the prefix then runs without it, and is found out here.
+        output = base(**call, **{hooks.KEYWORD: prefix})
+        if set(prefix.windows) == set(range(len(keys))):
+            return output
+        self._expand_because("its layers don't hand keyword arguments down to the attention function")
+        return None
 
     def _packed(self, layout: RowLayout, tokens: Tensor) -> Tensor:
         """Packed tokens; ids at padding become the pad token, by which causal backbones find the last real one."""
@@ -357,38 +437,23 @@ class EncoderSoftPromptModel(nn.Module):
         one_per_token = labels.dim() == 2 and not labels.is_floating_point() and labels.shape[1] == layout.width
         return one_per_token and "ForSequenceClassification" not in type(self.base).__name__
 
-    def _call_with_prefix(self, base: nn.Module, prompt: SoftPrompt, layout: RowLayout, call: dict[str, Any]) -> Any:
-        keys, values = _key_values(prompt, self.base)
-        if self._why_expanded is None:
-            bounds = None if layout.full else (layout.first if self._at_end else layout.length).to(torch.int32)
-            context = hooks.PrefixContext(
-                keys=keys,
-                values=values,
-                own_start=bounds if self._at_end else None,
-                own_end=None if self._at_end else bounds,
-                causal=self._causal,
-                backend=self.backend,
-                reached=[],
-            )
-            # The own tokens' mask goes along: a layer that misses the context then runs, and is found out below.
-            output = base(**call, **{hooks.KEYWORD: context})
-            if set(context.reached or ()) == set(range(len(keys))):
-                return output
-            self._expand_because("its layers don't hand keyword arguments down to the attention function")
-        mask = pad(call["attention_mask"], (prompt.num_virtual_tokens, 0), value=1)
-        past = _expanded_cache(keys, values, len(layout.length))
-        return base(**{**call, "attention_mask": mask, "past_key_values": past})
-
     def _expand_because(self, reason: str) -> None:
         self._why_expanded = reason
-        logger.warning("%s: prefixes are expanded into a cache: %s", type(self.base).__name__, reason)
+        logger.warning("%s: rows share no prefix (exact, slower): %s", type(self.base).__name__, reason)
 
     def _check_positions(self, needed: int, virtual: int, name: str = "input_ids") -> None:
-        limit = hooks.max_positions(self.base)
-        if limit is not None and needed > (limit := limit - self._first_position):
+        limit = hooks.position_limit(self.base)
+        if limit is not None and needed > limit.positions - self._first_position:
             raise ValueError(
                 f"{name}: {virtual} virtual tokens and {needed - virtual} own tokens make {needed} positions, but "
-                f"{type(self.base).__name__} has {limit} (max_position_embeddings)"
+                f"{limit.why}" + (f" and starts at {self._first_position}" if self._first_position else "")
+            )
+
+    def _check_cache_is_used(self) -> None:
+        if hooks.drops_cache(self.base):
+            raise ValueError(
+                f"gradient checkpointing: it drops the cache that holds the prefix of {type(self.base).__name__}, whose "
+                f"rows can't share one ({self._why_expanded}); call gradient_checkpointing_disable() on the base"
             )
 
 
@@ -396,19 +461,19 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
     """A frozen encoder-decoder (t5, bart, ...) with named soft prompts for SEQ_2_SEQ_LM.
 
     PROMPT_TUNING and P_TUNING put virtual tokens before the encoder's tokens. MULTITASK_PROMPT_TUNING puts some before
-    the decoder's as well, but not in :meth:`generate`: PEFT generates without them, and so does this. PREFIX_TUNING and
-    CARTRIDGE are keys and values of the decoder's self-attention, one prefix for all rows.
+    the decoder's as well, but not in :meth:`generate`: PEFT generates without them, and so does this. PREFIX_TUNING
+    and CARTRIDGE are keys and values of the decoder's self-attention, one prefix for all rows.
 
-    ``logits`` are ``[B, T, V]`` for own decoder tokens; encoder states are those of own tokens. Arguments and errors are
-    as in :class:`EncoderSoftPromptModel`.
+    ``logits`` are ``[B, T, V]`` for own decoder tokens; encoder states are those of own tokens. Arguments and errors
+    are as in :class:`EncoderSoftPromptModel`.
     """
 
     _is_encoder_decoder = True
 
     def __init__(self, base: PreTrainedModel, *, backend: str | None = None) -> None:
         super().__init__(base, backend=backend)
-        self._at_end = False
-        self.generation_config = base.generation_config
+        self._at_end = self._causal = False  # of the encoder
+        self.generation_config = getattr(base, "generation_config", None)
 
     def _check_served(self, prompt: SoftPrompt) -> None:
         if prompt.task_type != "SEQ_2_SEQ_LM":
@@ -419,13 +484,17 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         if prompt.kind == "prefix" and prompt.config["num_layers"] != layers:
             raise ValueError(f"num_layers: expected {layers} (decoder layers), found {prompt.config['num_layers']}")
 
+    def _shares(self, prompt: SoftPrompt) -> bool:
+        return self._why_expanded is None and prompt.kind == "prefix"
+
     def _where(self, prompt: SoftPrompt) -> str:
         if prompt.kind == "prefix":
             return "decoder: "
         return "encoder and decoder: " if _prompts_decoder(prompt) else "encoder: "
 
-    def _install(self) -> None:
-        self._why_expanded = decoder.install(self.base)
+    @staticmethod
+    def _install(base: PreTrainedModel) -> str | None:
+        return decoder.install(base)
 
     def forward(  # type: ignore[override]
         self,
@@ -483,7 +552,7 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         # Rows start at column 0, so causality alone keeps padding out of sight: no decoder_attention_mask.
         if decoder_prompt is not None:
             aligned = RowLayout.of(None, packed.shape[:2], packed.device, name="decoder_input_ids")
-            call["decoder_inputs_embeds"] = _concat(base, aligned, packed, decoder_prompt)
+            call["decoder_inputs_embeds"] = _concat(base, aligned, packed, decoder_prompt, self.backend)
         else:
             call["decoder_input_ids" if packed.dim() == 2 else "decoder_inputs_embeds"] = packed
         if labels is not None:
@@ -514,7 +583,7 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         front = prompt.num_virtual_tokens
         self._check_positions(front + layout.packed, front)
         table = prompt.embeddings(inputs["task_ids"])
-        encoder = {"inputs_embeds": _concat(base, layout, tokens, table[..., :front, :])}
+        encoder = {"inputs_embeds": _concat(base, layout, tokens, table[..., :front, :], self.backend)}
         decoder_prompt = table[..., front:, :] if _prompts_decoder(prompt) else None
         return layout, {**encoder, "attention_mask": layout.mask(front)}, decoder_prompt
 
@@ -525,6 +594,7 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
             output = base(**call, past_key_values=self._first_cache(context, batch), **{hooks.KEYWORD: context})
             if self._reached(context):
                 return output
+        self._check_cache_is_used()
         return base(**call, past_key_values=self._first_cache(context, batch))
 
     def _reached(self, context: decoder.DecoderPrefix) -> bool:
@@ -549,7 +619,7 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' ``generate`` with prompts; `kwargs` are its arguments (greedy, sampling, beams, streamers ...).
+        """transformers' ``generate`` with prompts; `kwargs` are its arguments (sampling, beams, streamers, ...).
 
         Rows with different prompts are generated one prompt after the other, then padded on the right to one length
         with the pad token.
@@ -570,9 +640,9 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         }
         batch = _check_inputs(inputs)
         results, row_lists = [], []
-        for name, rows in self._groups(prompt, batch):
+        for owner, rows in self._groups(prompt, batch):
             part = inputs if rows is None else {k: None if v is None else v[rows] for k, v in inputs.items()}
-            result = self._generate(None if name is None else self.get_prompt(name), part, kwargs)
+            result = self._generate(None if owner is None else self.get_prompt(owner), part, kwargs)
             if rows is None:
                 return result
             if not isinstance(result, Tensor):
@@ -580,12 +650,13 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
             results.append(result)
             row_lists.append(rows)
         order = torch.cat(row_lists).argsort()
-        pad_id = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
+        pad_id = kwargs.get("pad_token_id", self.base.generation_config.pad_token_id)
         longest = max(result.shape[1] for result in results)
         padded = [pad(result, (0, longest - result.shape[1]), value=pad_id or 0) for result in results]
         copies = sum(map(len, results)) // batch  # num_return_sequences
         return torch.cat(padded).view(batch, copies, longest)[order].flatten(0, 1)
 
+    @torch.no_grad()
     def _generate(self, prompt: SoftPrompt | None, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         base = self._view(prompt)
         _, call, _ = self._encoder_inputs(base, prompt, inputs)
@@ -593,13 +664,11 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
             call["decoder_input_ids"] = inputs["decoder_input_ids"]
         if prompt is None or prompt.kind == "embedding":
             return base.generate(**call, **options)
-        config = options.get("generation_config") or self.generation_config
+        config = options.get("generation_config") or base.generation_config
         cache = options.get("cache_implementation", config.cache_implementation)
         if cache is not None:
             raise ValueError(f"cache_implementation: expected None with a prefix prompt, found {cache!r}")
-        with torch.no_grad():
-            keys, values = _key_values(prompt, self.base)
-        context = decoder.DecoderPrefix(keys, values, decoder.relative_bias(base), self.backend)
+        context = decoder.DecoderPrefix(*_key_values(prompt, self.base), decoder.relative_bias(base), self.backend)
         self._start_from(base, context)
         result = base.generate(**call, **options)
         if self._why_expanded is None and not self._reached(context):
@@ -620,7 +689,7 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
             shared = {hooks.KEYWORD: context} if self._why_expanded is None else {}
             return {**inputs, "past_key_values": past, **shared}
 
-        base.prepare_inputs_for_generation = prepare_inputs_for_generation  # type: ignore[method-assign]
+        base.prepare_inputs_for_generation = prepare_inputs_for_generation
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------------
@@ -686,9 +755,9 @@ def _expanded_cache(keys: Sequence[Tensor], values: Sequence[Tensor], batch: int
     return DynamicCache([(k.expand(rows), v.expand(rows)) for k, v in zip(keys, values, strict=True)])
 
 
-def _concat(base: PreTrainedModel, layout: RowLayout, tokens: Tensor, prompt: Tensor) -> Tensor:
+def _concat(base: PreTrainedModel, layout: RowLayout, tokens: Tensor, prompt: Tensor, backend: str | None) -> Tensor:
     """``[B, P + packed, H]``: the embeddings of `prompt` ``[P, H]`` or ``[B, P, H]`` before those of packed tokens."""
-    tokens = layout.pack(tokens) if tokens.shape[1] == layout.width else tokens
+    tokens = layout.pack(tokens)
     embedding = base.get_input_embeddings()
     table = None
     if tokens.dim() == 2:
@@ -697,8 +766,9 @@ def _concat(base: PreTrainedModel, layout: RowLayout, tokens: Tensor, prompt: Te
         else:  # bart scales inside its module
             tokens = embedding(tokens)
     index = offsets = None
+    virtual = prompt.shape[-2]
     if prompt.dim() == 3:
-        batch, virtual = prompt.shape[:2]
+        batch = len(prompt)
         index = torch.arange(batch, dtype=torch.int32, device=prompt.device)
         offsets = torch.arange(0, (batch + 1) * virtual, virtual, dtype=torch.int32, device=prompt.device)
         prompt = prompt.flatten(0, 1)
@@ -708,8 +778,10 @@ def _concat(base: PreTrainedModel, layout: RowLayout, tokens: Tensor, prompt: Te
         prompt,
         prompt_offsets=offsets,
         prompt_index=index,
+        prompt_length=virtual,
         own_start=layout.first.to(torch.int32) if layout.at_end else None,
         padding_side="left" if layout.at_end else "right",
+        backend=backend,
     )
 
 

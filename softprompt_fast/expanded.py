@@ -22,7 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from softprompt_fast.bank import Packed
 
 
-def run_prompt(base: PreTrainedModel, embeds: Tensor, logits_to_keep: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def run_prompt(
+    base: PreTrainedModel, embeds: Tensor, logits_to_keep: int
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` prompt embeddings."""
     cache = DynamicCache()  # without a config: its sliding layers would drop the first virtual tokens
     logits = base(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
@@ -31,6 +33,8 @@ def run_prompt(base: PreTrainedModel, embeds: Tensor, logits_to_keep: int) -> tu
             f"{type(base).__name__} did not fill its cache (gradient checkpointing is on, or it keeps no keys and "
             "values), so its prompts can't be computed once: call gradient_checkpointing_disable() on the base"
         )
+    if kinds := {type(layer).__name__ for layer in cache.layers if getattr(layer, "keys", None) is None}:
+        raise ValueError(f"{type(base).__name__} has layers without keys and values ({', '.join(sorted(kinds))})")
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], logits
 
 
@@ -68,8 +72,8 @@ def forward(
         )
     if whole:
         place, rows = next(iter(groups.items()))
-        if cache is None:
-            cache = expanded_cache(packed, place, batch)
+        if cache is None or cache.get_seq_length() == 0:
+            cache = expanded_cache(packed, place, batch, cache)
         past = cache.get_seq_length()
         mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
         return base(
@@ -169,7 +173,7 @@ def generate(
                     f"input_ids: row {members[0]} has no own token and no virtual token predicts one; "
                     "give it at least one, e.g. the BOS token"
                 )
-            embeds = embeds.expand(len(members), -1, -1)
+            embeds = embeds.repeat(len(members), 1, 1)
             given = {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long)}
         else:
             given = {"input_ids": ids, "attention_mask": ids.new_ones(len(members), virtual + own)}
@@ -178,7 +182,9 @@ def generate(
         result = base.generate(**given, generation_config=config, **leftover)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if not isinstance(result, Tensor):
-            result["sequences"] = sequences = torch.cat([input_ids.repeat_interleave(returned, 0), sequences[:, own:]], 1)
+            result["sequences"] = sequences = torch.cat(
+                [input_ids.repeat_interleave(returned, 0), sequences[:, own:]], 1
+            )
             return result
         for i, row in enumerate(members):
             for r in range(returned):
@@ -196,9 +202,10 @@ def generate(
     return torch.cat([input_ids.repeat_interleave(returned, dim=0), out], dim=1)
 
 
-def expanded_cache(packed: Packed | None, place: int, rows: int) -> Cache:
-    """A transformers cache that holds prefix `place` for each of `rows` rows (empty for -1)."""
-    cache = DynamicCache()
+def expanded_cache(packed: Packed | None, place: int, rows: int, cache: Cache | None = None) -> Cache:
+    """A transformers cache (`cache`, which is empty, or a new one) that holds prefix `place` for each of `rows` rows
+    (nothing for -1)."""
+    cache = DynamicCache() if cache is None else cache
     if packed is not None and place >= 0:
         first = sum(packed.lengths[:place])
         span = slice(first, first + packed.lengths[place])

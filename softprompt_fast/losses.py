@@ -83,6 +83,39 @@ def causal_lm_loss(
     return total / (count.clamp(min=1) if num_items is None else num_items)
 
 
+def cpt_terms(
+    logits: Tensor,
+    columns: int | Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    virtual_logits: Tensor,
+    own_start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum and number of the terms of CPT's loss for the rows of one prompt (formula: ``SoftPrompt.cpt_targets``).
+
+    Args:
+        logits: ``[R, C, V]`` of own tokens, at `columns` (an int64 ``[C]``) or at all S of them (an int).
+        targets, weights: ``[R, P + S]`` from ``cpt_targets``, targets -100 outside a row's own tokens.
+        virtual_logits: ``[P, V]``, what the virtual tokens predict: the same for every row, so computed once.
+        own_start: int ``[R]`` or None for 0.
+    """
+    virtual = virtual_logits.shape[0]
+    own_weights = weights[:, virtual:]
+    shifted, first = split_labels(targets[:, virtual:], own_start)
+    shifted_weights = pad(own_weights[:, 1:], (0, 1))
+    first_weights = own_weights[:, 0]
+    if own_start is not None:
+        place = own_start.long().clamp(max=own_weights.shape[1] - 1)[:, None]
+        first_weights = own_weights.gather(1, place)[:, 0]
+    if isinstance(columns, Tensor):
+        shifted, shifted_weights = shifted[:, columns], shifted_weights[:, columns]
+    total = weighted_sum(logits.flatten(0, 1), shifted.flatten(), shifted_weights.flatten())
+    total = total + weighted_sum(virtual_logits[-1:].expand(len(first), -1), first, first_weights)
+    # Every row has the same targets on its virtual tokens: one cross-entropy each, its weights summed over rows.
+    total = total + weighted_sum(virtual_logits[:-1], targets[0, 1:virtual], weights[:, 1:virtual].sum(dim=0))
+    return total, (targets[:, 1:] != IGNORE).sum()
+
+
 def weighted_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """``sum(weights * cross_entropy)`` over labels other than -100. logits ``[N, V]``; labels, weights ``[N]``."""
     return (weights * cross_entropy(_upcast(logits), labels, ignore_index=IGNORE, reduction="none")).sum()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -17,13 +18,15 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from softprompt_fast import expanded
 from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt, pack
-from softprompt_fast.cache import OwnTokenCache, adopt, make_static_cache
+from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
+from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
-from softprompt_fast.losses import causal_lm_loss, labelled_columns, split_labels, visible_labels, weighted_sum
-from softprompt_fast.prefix_kv import PrefixKV, model_fingerprint
+from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
+from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
+from softprompt_fast.rows import check_token_ids, claim_rows, padding_ranges, right_align
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -54,7 +57,8 @@ class SoftPromptModel(nn.Module, GenerationMixin):
     forward and backward run once per call, not once per row); otherwise its prefix is computed at the first use.
 
     Raises:
-        TypeError: `base` is no transformers causal LM.
+        TypeError: `base` is no transformers causal LM, or one whose layers keep more than keys and values (recurrent
+            hybrids); found by a probe of a few tokens.
     """
 
     # GenerationMixin's questions about the model.
@@ -73,13 +77,20 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         self.generation_config = base.generation_config
         self.prompts = nn.ModuleDict()
         self.backend = backend
+        self.training = base.training
         self.active_prompt: str | None = None
         self._keys: dict[str, str] = {}
         self._bank = PromptBank(self._compile_frozen)
         self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
-        self._why_expanded = self._probe()
+        self._limit = hooks.position_limit(base)
+        self._why_expanded = probe.why_not_shared(base, backend)
         if self._why_expanded is not None:
+            if (refused := probe.why_not_expanded(base)) is not None:
+                raise TypeError(
+                    f"base: {type(base).__name__} can't be served: {self._why_expanded}; with prefixes expanded into its "
+                    f"cache: {refused}"
+                )
             logger.warning(
                 "%s: prefixes are expanded into an ordinary cache (exact, slower): %s",
                 type(base).__name__,
@@ -127,7 +138,9 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if PrefixKV.is_saved_at(directory):
             self.add_prompt(name, PrefixKV.from_pretrained(directory, base_model=self.base), replace=replace)
         else:
-            self.add_prompt(name, peft_io.load_adapter(directory, trainable=trainable), replace=replace)
+            table = self.base.get_input_embeddings() if trainable else None
+            prompt = peft_io.load_adapter(directory, trainable=trainable, token_embeddings=table)
+            self.add_prompt(name, prompt, replace=replace)
 
     def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
         """Put a prompt under `name`, on the base model's device. The first one becomes the active prompt.
@@ -138,9 +151,12 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         """
         if isinstance(prompt, SoftPrompt):
             peft_io.check_compatible(prompt, self.base)
+            prompt.check_finite()
             prompt = prompt.to(self.device)
         elif isinstance(prompt, PrefixKV):
+            prompt.check_compatible(self.base)
             prompt.check_base(self.base, fingerprint=self.base_fingerprint)
+            prompt.check_finite()
             prompt = prompt.to(device=self.device, dtype=self.dtype)
         else:
             raise TypeError(f"prompt: expected SoftPrompt or PrefixKV, found {type(prompt).__name__}")
@@ -198,8 +214,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
     def compile_prompt(self, name: str, *, task: int | None = None) -> PrefixKV:
         """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
-        self._check_task(name, task)
-        return self._bank.prefix(name, task)
+        return self._bank.prefix(name, self._check_task(name, task))
 
     def invalidate(self) -> None:
         """Forget every computed prefix. Needed only after weights were changed behind autograd's back (``.data``)."""
@@ -216,6 +231,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
                 next_logits=None if compiled.next_logits is None else compiled.next_logits.detach().clone(),
                 method=prompt.method,
                 fingerprint=self.base_fingerprint,
+                metadata={"base_config": base_config_fields(self.base)},
             )
 
     def _compile(self, prompt: SoftPrompt, tasks: list[int] | None, *, all_logits: bool = False) -> list[Compiled]:
@@ -227,11 +243,15 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             embeds = prompt.embeddings()[None]
         else:
             embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=self.device))
-        embeds = embeds.to(self.device, self.dtype)
+        # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
+        embeds = embeds.to(self.device, self.dtype, copy=True)
         keys, values, logits = self._run_prompt(embeds, all_logits)
         return [
             Compiled(
-                tuple(k[n] for k in keys), tuple(v[n] for v in values), logits[n, -1], logits[n] if all_logits else None
+                tuple(k[n] for k in keys),
+                tuple(v[n] for v in values),
+                logits[n, -1],
+                logits[n] if all_logits else None,
             )
             for n in range(embeds.shape[0])
         ]
@@ -244,13 +264,18 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         capture = hooks.CaptureContext()
         out = self.base(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, **{hooks.KEYWORD: capture})
         layers = range(self._num_layers)
+        if torch.is_grad_enabled() and embeds.requires_grad and not capture.keys[0].requires_grad:
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the base "
+                "with use_reentrant=False"
+            )
         return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], out.logits
 
     @contextmanager
     def _eval_base(self):
         """Frozen prefixes are computed without dropout, also while the model is in training mode."""
         with self._eval_lock:
-            modules = [module for module in self.base.modules() if module.training]
+            modules = [module for part in (self.base, self.prompts) for module in part.modules() if module.training]
             for module in modules:
                 module.training = False
             try:
@@ -268,15 +293,17 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
     # ---- which prompt for which row ------------------------------------------------------------------------------
 
-    def _check_task(self, name: str, task: int | None) -> None:
+    def _check_task(self, name: str, task: int | None) -> int | None:
+        """The task of a multitask prompt; None for every other prompt, whose ``task_ids`` are ignored as in PEFT."""
         prompt = self._bank[name]
-        tasks = _num_tasks(prompt)
-        if tasks is None:
-            return
+        if prompt.method != "MULTITASK_PROMPT_TUNING" or isinstance(prompt, PrefixKV):
+            return None
+        tasks = prompt.config["num_tasks"]
         if task is None:
             raise ValueError(f"task_ids: prompt {name!r} is a multitask prompt; give a task (0..{tasks - 1}) per row")
         if not 0 <= task < tasks:
             raise ValueError(f"task_ids: prompt {name!r} has tasks 0..{tasks - 1}, found {task}")
+        return int(task)
 
     def _row_prompts(self, prompt: Any, task_ids: Any, batch: int) -> list[RowPrompt | None]:
         if isinstance(prompt, _Default):
@@ -299,8 +326,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             if name is None:
                 rows.append(None)
                 continue
-            self._check_task(name, task)
-            rows.append((name, None if _num_tasks(self._bank[name]) is None else int(task)))
+            rows.append((name, self._check_task(name, task)))
         return rows
 
     def _is_trainable(self, name: str) -> bool:
@@ -394,26 +420,26 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             KeyError: unknown prompt (the message lists the known ones).
             IndexError: a token id outside the vocabulary.
         """
-        batch, length = self._check_inputs(input_ids, inputs_embeds, labels)
+        batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
         skip_logits = False
         cpt = labels is not None and self._wants_cpt(prompt, task_ids, batch)
         packed, index = self._select(
             prompt, task_ids, batch, training=self.training and labels is not None, virtual_logits=cpt
         )
         index = prompt_index if prompt_index is not None else index
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = self._own_length(past_key_values, packed, index)
         own_end = None
         if own_start is None and attention_mask is not None:
-            own_start, own_end = self._padding(attention_mask, past, length)
-        shifted = first = None
+            own_start, own_end = self._padding(attention_mask, batch, past, length)
         if labels is not None:
-            visible = visible_labels(labels, own_start, own_end)
-            shifted, first = split_labels(visible, own_start)
             if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
                 raise ValueError("logits_to_keep: can't be combined with labels, whose positions decide what is kept")
+            if past_key_values is not None and int(past) > 0:
+                raise ValueError("labels: can't be combined with past_key_values that hold tokens")
+            labels = visible_labels(labels, own_start, own_end)
             skip_logits = self.training if return_logits is None else not return_logits
             if skip_logits:
-                logits_to_keep = labelled_columns(shifted)
+                logits_to_keep = labelled_columns(split_labels(labels, own_start)[0])
         run = self._forward_shared if self._why_expanded is None else self._forward_expanded
         out = run(
             input_ids=input_ids,
@@ -427,19 +453,20 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
+            self._predict_empty_rows(out, packed, index, own_start, own_end, length)
         if labels is not None:
-            if cpt:
-                loss = self._cpt_loss(out.logits, logits_to_keep, visible, own_start, packed, index, input_type_mask)
+            scored = (out.logits, logits_to_keep, labels, own_start)
+            if cpt and packed is not None:
+                loss = self._cpt_loss(*scored, packed, index, input_type_mask)
             else:
-                kept = shifted[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else shifted
-                predicted = self._first_token_logits(packed, index, first)
-                loss = causal_lm_loss(out.logits, kept, *predicted, num_items=num_items_in_batch)
+                loss = self._loss(*scored, packed, index, num_items_in_batch)
             fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
             out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
         return out.to_tuple() if return_dict is False else out
 
     def _check_inputs(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, *, decoding: bool = False
     ) -> tuple[int, int]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
@@ -453,7 +480,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             raise ValueError(f"{name}: the batch is empty, found shape {tuple(given.shape)}")
         if labels is not None and labels.shape != (batch, length):
             raise ValueError(f"labels: expected shape {(batch, length)}, found {tuple(labels.shape)}")
-        if input_ids is not None and length != 1:
+        if input_ids is not None and not (decoding and length == 1):
             self._check_token_ids(input_ids)
         return batch, length
 
@@ -463,11 +490,20 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             return
         check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
 
-    def _padding(self, attention_mask: Tensor, past: int | Tensor, length: int) -> tuple[Tensor | None, Tensor | None]:
+    def _own_length(self, cache: Cache | None, packed: Packed | None, index: Tensor | None) -> int | Tensor:
+        """Own tokens that each row has in `cache`."""
+        past = 0 if cache is None else cache.get_seq_length()
+        if self._why_expanded is None or packed is None or int(past) == 0:
+            return past
+        return past - int(packed.lengths_tensor[0 if index is None else index[0].long()])
+
+    def _padding(
+        self, attention_mask: Tensor, batch: int, past: int | Tensor, length: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """A 2-D mask as ranges ``[own_start, own_end)`` per row; (None, None) where nothing is padded."""
-        if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
             raise ValueError(
-                f"attention_mask: expected shape [batch, {int(past + length)}] (cached and new own tokens, no virtual "
+                f"attention_mask: expected shape {(batch, int(past + length))} (cached and new own tokens, no virtual "
                 f"tokens), found {tuple(attention_mask.shape)}"
             )
         return padding_ranges(attention_mask)
@@ -489,6 +525,13 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         (batch, length), device = given.shape[:2], given.device
+        if self.training and hooks.drops_cache(self.base):
+            if cache is not None:
+                raise ValueError(
+                    "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
+                    "gradient_checkpointing_disable() on the base"
+                )
+            use_cache = False
         if cache is None and use_cache:
             cache = OwnTokenCache(self._num_layers)
         past: int | Tensor = 0
@@ -496,8 +539,14 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if cache is not None:
             adopt(cache, self._num_layers)
             past = cache.get_seq_length()
-            claim_rows(cache, packed, index, batch, past)
+            own_start = claim_rows(cache, packed, index, own_start, own_end, batch, past)
             if cache.layers and isinstance(cache.layers[0], StaticLayer):
+                capacity = cache.layers[0].max_cache_len
+                if device.type == "cpu" and not torch.compiler.is_compiling() and int(past) + length > capacity:
+                    raise ValueError(
+                        f"past_key_values: a static cache of max_cache_len={capacity} can't hold {int(past)} cached and "
+                        f"{length} new tokens"
+                    )
                 # The buffer's capacity says nothing about positions: they travel in device tensors.
                 query_start = torch.zeros(batch, dtype=torch.int32, device=device) + past
                 filled = query_start + length
@@ -524,8 +573,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             **{hooks.KEYWORD: context},
             **kwargs,
         )
-        if own_start is not None and isinstance(past, int) and past == 0 and not self.training:
-            self._predict_empty_rows(out, packed, index, own_start, own_end, length)
         return out
 
     def _positions(
@@ -555,16 +602,20 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             else:
                 own = own[None]
             positions = virtual + own
-        limit = hooks.max_positions(self.base)
-        if limit is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            last = int(positions.max()) if positions.numel() else 0
-            if last >= limit:
-                most = max(packed.lengths) if packed is not None else 0
-                raise ValueError(
-                    f"input_ids: {most} virtual tokens and {last + 1 - most} own tokens need {last + 1} positions, "
-                    f"but the base model has max_position_embeddings={limit}"
-                )
+        if not torch.compiler.is_compiling():
+            # Off the CPU reading a position waits for the device: only a prefill does, where an overrun would crash.
+            readable = positions.device.type == "cpu" or (isinstance(past, int) and past == 0)
+            if self._limit is not None and readable and positions.numel():
+                self._check_positions(int(positions.max()) + 1, max(packed.lengths) if packed is not None else 0)
         return positions
+
+    def _check_positions(self, needed: int, virtual: int) -> None:
+        assert self._limit is not None
+        if needed > self._limit.positions:
+            raise ValueError(
+                f"input_ids: {virtual} virtual and {needed - virtual} own tokens need {needed} positions, but "
+                f"{self._limit.why}"
+            )
 
     def _predict_empty_rows(
         self,
@@ -584,7 +635,9 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             place = -1 if packed is None else 0 if index is None else int(index[row])
             predicted = None if packed is None or place < 0 else packed.next_logits[place]
             if predicted is None:
-                why = "has no prompt" if place < 0 else f"has a prefix of keys and values only ({packed.prompts[place][0]!r})"
+                why = "no prompt"
+                if packed is not None and place >= 0:
+                    why = f"a prefix of keys and values only ({packed.prompts[place][0]!r})"
                 raise ValueError(
                     f"input_ids: row {row} has no own token and {why}, so nothing predicts its first token; "
                     "give it at least one, e.g. the BOS token"
@@ -592,25 +645,31 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             logits[row, -1] = predicted.to(logits.dtype)
         out["logits"] = logits
 
-    def _first_token_logits(
-        self, packed: Packed | None, index: Tensor | None, first: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix's predictions ``[R, V]`` for the rows whose first own token is labelled, and those labels."""
-        if packed is None or all(logits is None for logits in packed.next_logits):
-            return None, None
-        rows = (first != -100).nonzero().squeeze(1)
-        if rows.numel() == 0:
-            return None, None
-        if index is None:
-            return packed.next_logits[0].expand(rows.numel(), -1), first[rows]
-        predicting = [
-            (row, packed.next_logits[place])
-            for row, place in zip(rows.tolist(), index[rows].tolist(), strict=True)
-            if place >= 0 and packed.next_logits[place] is not None
-        ]
-        if not predicting:
-            return None, None
-        return torch.stack([logits for _, logits in predicting]), first[[row for row, _ in predicting]]
+    def _loss(
+        self,
+        logits: Tensor,
+        columns: int | Tensor,
+        labels: Tensor,
+        own_start: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        shifted, first = split_labels(labels, own_start)
+        if isinstance(columns, Tensor):
+            shifted = shifted[:, columns]
+        # What the prefix itself predicts: the first own token, in rows where it is labelled.
+        rows: list[int] = []
+        predicted: list[Tensor] = []
+        if packed is not None and any(logits is not None for logits in packed.next_logits):
+            places = [0] * len(first) if index is None else index.tolist()
+            for row in (first != IGNORE).nonzero().squeeze(1).tolist():
+                prediction = packed.next_logits[places[row]] if places[row] >= 0 else None
+                if prediction is not None:
+                    rows.append(row)
+                    predicted.append(prediction)
+        next_logits = torch.stack(predicted) if predicted else None
+        return causal_lm_loss(logits, shifted, next_logits, first[rows], num_items)
 
     def _wants_cpt(self, prompt: Any, task_ids: Any, batch: int) -> bool:
         """CPT has its own loss, over labels of virtual tokens too; a batch can't mix it with the ordinary one."""
@@ -628,38 +687,32 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         columns: int | Tensor,
         labels: Tensor,
         own_start: Tensor | None,
-        packed: Packed | None,
+        packed: Packed,
         index: Tensor | None,
         input_type_mask: Tensor | None,
     ) -> Tensor:
-        """PEFT's CPT loss (`SoftPrompt.cpt_targets` has the formula). What virtual tokens predict is the same for
-        all rows of a prompt, so it is computed once and weighted by row."""
-        assert packed is not None
-        total, count = logits.sum() * 0.0, 0
+        """PEFT's CPT loss (``SoftPrompt.cpt_targets`` has the formula) over all rows of all CPT prompts."""
+        total, count = logits.sum() * 0.0, torch.zeros((), device=logits.device)
         for place, (name, _) in enumerate(packed.prompts):
-            rows = torch.arange(labels.shape[0], device=labels.device) if index is None else (index == place).nonzero()[:, 0]
-            own_labels, types = labels[rows], None if input_type_mask is None else input_type_mask[rows]
-            targets, weights = self._bank[name].cpt_targets(own_labels, types)
-            virtual = packed.lengths[place]
-            own_weights = weights[:, virtual:]
+            rows = slice(None) if index is None else (index == place).nonzero()[:, 0]
+            prompt, virtual = self._bank[name], packed.virtual_logits[place]
+            assert isinstance(prompt, SoftPrompt) and virtual is not None
+            types = None if input_type_mask is None else input_type_mask[rows]
+            targets, weights = prompt.cpt_targets(labels[rows], types)
             start = None if own_start is None else own_start[rows]
-            shifted, first = split_labels(targets[:, virtual:], start)
-            shifted_weights, first_weights = torch.zeros_like(own_weights), own_weights[:, 0]
-            shifted_weights[:, :-1] = own_weights[:, 1:]
-            if start is not None:
-                first_weights = own_weights.gather(1, start.long().clamp(max=own_weights.shape[1] - 1)[:, None])[:, 0]
-            if isinstance(columns, Tensor):
-                shifted, shifted_weights = shifted[:, columns], shifted_weights[:, columns]
-            total = total + weighted_sum(logits[rows].flatten(0, 1), shifted.flatten(), shifted_weights.flatten())
-            predicted = packed.virtual_logits[place]
-            total = total + weighted_sum(predicted[-1:].expand(rows.numel(), -1), first, first_weights)
-            # Every row carries the same targets on its virtual tokens: one cross-entropy each, weights summed.
-            total = total + weighted_sum(predicted[:-1], targets[0, 1:virtual], weights[:, 1:virtual].sum(dim=0))
-            count = count + (targets[:, 1:] != -100).sum()
+            more, counted = cpt_terms(logits[rows], columns, targets, weights, virtual, start)
+            total, count = total + more, count + counted
         return total / count.clamp(min=1)
 
     def _forward_expanded(self, **kwargs: Any) -> Any:
-        return expanded.forward(self.base, **kwargs)
+        packed, index, cache = kwargs["packed"], kwargs["index"], kwargs["cache"]
+        given = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
+        if cache is not None:
+            claim_rows(cache, packed, index, None, None, given.shape[0], cache.get_seq_length())
+        out = expanded.forward(self.base, **kwargs)
+        if out.get("past_key_values") is not None:
+            claim_rows(out.past_key_values, packed, index, None, None, given.shape[0], 0)
+        return out
 
     def _virtual_embeddings(self, row: RowPrompt) -> Tensor | None:
         """Virtual token embeddings ``[P, H]`` of an embedding method; None where there are none."""
@@ -705,11 +758,12 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             input_ids = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
-        batch, length = self._check_inputs(
-            input_ids if inputs_embeds is None else None, inputs_embeds, None
-        )
-        if input_ids is not None and input_ids.device.type != "cpu":
+        batch, length = self._check_inputs(input_ids if inputs_embeds is None else None, inputs_embeds, None)
+        if input_ids is not None:
             check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError("assistant_model: a draft model knows no prompts; use prompt_lookup_num_tokens instead")
+        _check_continuation(kwargs.get("past_key_values"), attention_mask, batch, length)
         packed, index = self._select(prompt, task_ids, batch)
         if self._why_expanded is not None:
             return expanded.generate(
@@ -732,26 +786,23 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
         own_start = own_end = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-                raise ValueError(
-                    f"attention_mask: expected {batch} rows of 2-D mask, found shape {tuple(attention_mask.shape)}"
-                )
             own_start, own_end = padding_ranges(attention_mask)
         shown = None
         if own_end is not None and bool((own_end < attention_mask.shape[1]).any()):
             if inputs_embeds is not None or kwargs.get("past_key_values") is not None:
                 raise ValueError("attention_mask: right padding needs input_ids and no cache; pad on the left instead")
             # A row's continuation follows its last real token, so padding has to stand on the left.
-            shown, input_ids = input_ids, _right_align(input_ids, own_end)
+            shown, input_ids = input_ids, right_align(input_ids, own_end)
             own_start = (own_start if own_start is not None else 0) + (length - own_end)
             attention_mask = (torch.arange(length, device=input_ids.device) >= own_start[:, None]).long()
         if own_start is not None:
             kwargs["own_start"] = own_start
+            config = kwargs.get("generation_config") or self.generation_config
+            if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+                raise ValueError("prefill_chunk_size: can't be combined with padded rows, which start in other chunks")
         if attention_mask is None:
             # Never let transformers guess a mask from pad ids: an own token may equal the pad token.
-            past = kwargs.get("past_key_values")
-            total = max(length, 0 if past is None else int(past.get_seq_length()))
-            attention_mask = torch.ones(batch, total, dtype=torch.long, device=given.device)
+            attention_mask = torch.ones(batch, length, dtype=torch.long, device=given.device)
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         result = super().generate(attention_mask=attention_mask, **kwargs)
@@ -767,7 +818,15 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         placeholder = torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device)
         kwargs["own_start"] = torch.ones(batch, dtype=torch.int32, device=self.device)
         mask = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-        return super().generate(inputs_embeds=placeholder, attention_mask=mask, **kwargs)
+        result = super().generate(inputs_embeds=placeholder, attention_mask=mask, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is None and not isinstance(result, Tensor):
+            cache = result.past_key_values
+        if cache is not None:
+            # Whoever continues it has only the new tokens.
+            drop_first_token(cache)
+            cache.soft_prompt_claim = dataclasses.replace(cache.soft_prompt_claim, own_start=None)
+        return result
 
     def prepare_inputs_for_generation(
         self,
@@ -783,14 +842,22 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         No mask and no position is built here: a row's ``own_start`` says all there is."""
         inputs: dict[str, Any] = {name: value for name, value in kwargs.items() if name != "position_ids"}
         if inputs_embeds is not None and is_first_iteration:
-            inputs["inputs_embeds"] = inputs_embeds if next_sequence_length is None else inputs_embeds[:, -next_sequence_length:]
+            inputs["inputs_embeds"] = (
+                inputs_embeds if next_sequence_length is None else inputs_embeds[:, -next_sequence_length:]
+            )
         else:
             inputs["input_ids"] = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         inputs["past_key_values"] = past_key_values
         return inputs
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
     ) -> None:
         given = model_kwargs.get("past_key_values")
         kind = generation_config.cache_implementation
@@ -809,51 +876,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             raise ValueError(f"cache_implementation: expected None, 'dynamic' or 'static', found {kind!r}")
 
     # ---- what runs where -----------------------------------------------------------------------------------------
-
-    def _probe(self) -> str | None:
-        """Why this base can't share prefixes inside attention; None if it can.
-
-        Not a list of names: a few tokens run as a whole and as "prefix, then own tokens", and the logits must agree.
-        A family that drops keyword arguments, bypasses the attention interface or places positions differently is
-        found here, and takes the exact, slower path.
-        """
-        reason = hooks.install(self.base)
-        if reason is None and self.device.type != "meta":
-            try:
-                with torch.no_grad(), self._eval_base():
-                    reason = self._probe_shared()
-            except Exception as error:
-                # Whatever an unknown architecture raises here only means that it can't take the fast path.
-                reason = f"a probe of the attention interface failed: {type(error).__name__}: {error}"
-        if reason is not None:
-            hooks.uninstall(self.base)
-        return reason
-
-    def _probe_shared(self) -> str | None:
-        embedding = self.base.get_input_embeddings()
-        ids = torch.arange(1, 6, device=self.device)[None] % embedding.num_embeddings
-        capture = hooks.CaptureContext()
-        self.base(inputs_embeds=embedding(ids[:, :3]), use_cache=False, **{hooks.KEYWORD: capture})
-        layers = list(range(self._num_layers))
-        if sorted(capture.keys) != layers:
-            missing = sorted(set(layers) - set(capture.keys))
-            return f"{type(self.base).__name__}: the prefix does not reach layers {missing}"
-        context = hooks.PrefixContext(
-            keys=tuple(capture.keys[i][0] for i in layers), values=tuple(capture.values[i][0] for i in layers), backend=self.backend, reached=[]
-        )
-        shared = self.base(
-            inputs_embeds=embedding(ids[:, 3:]),
-            attention_mask=hooks.no_mask(1, self.device),
-            position_ids=torch.tensor([[3, 4]], device=self.device),
-            use_cache=False,
-            **{hooks.KEYWORD: context},
-        ).logits
-        whole = self.base(inputs_embeds=embedding(ids), use_cache=False).logits[:, 3:]
-        error = (shared - whole).abs().max() / whole.abs().max().clamp(min=1e-6)
-        allowed = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
-        if sorted(context.reached or []) != layers or not bool(error <= allowed):
-            return f"{type(self.base).__name__}: logits behind a shared prefix differ by {float(error):.1e} (relative)"
-        return None
 
     def explain(self) -> Explanation:
         """The path of every layer; see :func:`softprompt_fast.explain`."""
@@ -894,11 +916,13 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftPromptModel:
         """``.to()``, ``.half()``, ...: prefixes follow the base; soft prompts keep the dtype that they train in."""
-        masters = {name: parameter.dtype for name, parameter in self.prompts.named_parameters()}
-        super()._apply(fn, recurse)
-        for name, parameter in self.prompts.named_parameters():
-            if parameter.dtype != masters[name]:
-                parameter.data = parameter.data.to(masters[name])
+        prompts = self.prompts
+        del self._modules["prompts"]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["prompts"] = prompts
+        prompts.to(self.device)
         self.__dict__.pop("_fingerprint", None)
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
@@ -913,89 +937,16 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         return f"prompts={self.prompt_names}, active={self.active_prompt!r}"
 
 
-def _num_tasks(prompt: SoftPrompt | PrefixKV) -> int | None:
-    """How many tasks a multitask prompt has; None for every other one, whose `task_ids` are ignored as in PEFT."""
-    return prompt.config["num_tasks"] if prompt.method == "MULTITASK_PROMPT_TUNING" and isinstance(prompt, SoftPrompt) else None
-
-
-def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """IndexError naming the id, its place and the vocabulary size where one is out of range (synchronises)."""
-    wrong = (input_ids < 0) | (input_ids >= vocab_size)
-    if bool(wrong.any()):
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        found = int(input_ids[row, column])
-        raise IndexError(
-            f"input_ids: token id {found} at row {row}, position {column} is outside the vocabulary of {vocab_size}"
-        )
-
-
-def padding_ranges(attention_mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The ranges of ones of a 2-D mask: int32 ``own_start``, ``own_end`` ``[B]``; None where no row is padded there.
-
-    Raises:
-        ValueError: a row has a zero between ones: which position its later tokens have would be a guess.
-    """
-    mask = attention_mask != 0
-    total = mask.shape[1]
-    count = mask.sum(dim=1)
-    if torch.compiler.is_compiling():
-        start = torch.where(count > 0, mask.int().argmax(dim=1), total)
-        return start.int(), (start + count).int()
-    if bool((count == total).all()):
-        return None, None
-    start = torch.where(count > 0, mask.int().argmax(dim=1), total)
-    last = total - mask.flip(1).int().argmax(dim=1)
-    holes = (count > 0) & (last - start != count)
-    if bool(holes.any()):
-        row = int(holes.nonzero()[0])
+def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:
+    """ValueError where a mask or a cache handed to ``generate`` doesn't fit its ``[batch, length]`` own tokens."""
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if attention_mask is not None:
+        shape, widths = tuple(attention_mask.shape), sorted({length, past + length})
+        if attention_mask.dim() != 2 or shape[0] != batch or shape[1] not in widths:
+            expected = " or ".join(str((batch, width)) for width in widths)
+            raise ValueError(f"attention_mask: expected shape {expected} (no virtual tokens), found {shape}")
+    if past and length <= past and (attention_mask is None or attention_mask.shape[1] == length):
         raise ValueError(
-            f"attention_mask: row {row} has masked positions between its tokens; only padding at its ends is supported"
+            f"input_ids: expected the whole text, longer than the {past} tokens in past_key_values, found {length} "
+            f"tokens; to pass only the new ones, give an attention_mask of all {past + length}"
         )
-    end = start + count
-    return (
-        start.int() if bool((start > 0).any()) else None,
-        end.int() if bool((end < total).any()) else None,
-    )
-
-
-def _right_align(input_ids: Tensor, own_end: Tensor) -> Tensor:
-    """Rotate each row so that its last real token stands in the last column."""
-    length = input_ids.shape[1]
-    column = torch.arange(length, device=input_ids.device)
-    return input_ids.gather(1, (column + own_end.long()[:, None]) % length)
-
-
-def claim_rows(cache: Cache, packed: Packed | None, index: Tensor | None, batch: int, past: int | Tensor) -> None:
-    """Note on `cache` which prompt each row attends to; refuse one that was filled behind other prompts.
-
-    Raises:
-        ValueError: the cached tokens attended to other prompts, to another version of them, or are not known.
-    """
-    claim = (packed, index)
-    known = getattr(cache, "_soft_prompt_rows", None)
-    if known is not None and known[0] is packed and known[1] is index:
-        return
-    if known is None or torch.compiler.is_compiling():
-        if known is None and int(past) > 0:
-            raise ValueError(
-                "past_key_values: the cache holds tokens that did not come from this model; pass one that it returned"
-            )
-        cache._soft_prompt_rows = claim  # type: ignore[attr-defined]
-        return
-    if int(past) > 0:
-        before, now = _rows_of(*known, batch), _rows_of(packed, index, batch)
-        for row, (old, new) in enumerate(zip(before, now, strict=True)):
-            if old != new:
-                names = [None if r is None else r[0][0] for r in (old, new)]
-                what = f"prompt {names[0]!r}, but row {row} now asks for prompt {names[1]!r}"
-                if names[0] == names[1]:
-                    what = f"an earlier version of prompt {names[0]!r} (row {row}), which changed since"
-                raise ValueError(f"past_key_values: the cached tokens attended to {what}")
-    cache._soft_prompt_rows = claim  # type: ignore[attr-defined]
-
-
-def _rows_of(packed: Packed | None, index: Tensor | None, batch: int) -> list[tuple[RowPrompt, int] | None]:
-    if packed is None:
-        return [None] * batch
-    known = [*zip(packed.prompts, packed.versions, strict=True), None]
-    return [known[0]] * batch if index is None else [known[place] for place in index.tolist()]

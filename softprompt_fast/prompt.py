@@ -257,7 +257,8 @@ class SoftPrompt(nn.Module):
             setattr(prompt, name, getattr(encoder, name))
         for name in list(prompt._parameters):
             setattr(prompt, name, getattr(encoder, name))
-        return prompt.train(encoder.training)
+        prompt.training = encoder.training  # not train(): the modules are PEFT's
+        return prompt
 
     # ------------------------------------------------------------------ what the model consumes
 

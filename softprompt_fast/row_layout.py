@@ -22,6 +22,7 @@ class RowLayout:
         width, packed: columns of the caller (S), and of the longest row.
         at_end: packed rows end at the last column instead of starting at the first.
         common_shift: the shift if all rows have the same, so that packing is a slice; else None.
+        full: no row has any padding.
     """
 
     length: Tensor
@@ -30,6 +31,7 @@ class RowLayout:
     packed: int
     at_end: bool
     common_shift: int | None
+    full: bool
 
     @classmethod
     def of(
@@ -43,7 +45,7 @@ class RowLayout:
         batch, width = shape
         if mask is None:
             zeros = torch.zeros(batch, dtype=torch.long, device=device)
-            return cls(zeros + width, zeros, width, width, at_end, 0)
+            return cls(zeros + width, zeros, width, width, at_end, 0, True)
         if tuple(mask.shape) != (batch, width):
             raise ValueError(f"{name}: expected shape {[batch, width]}, found {list(mask.shape)}")
         mask = mask.to(device) != 0
@@ -57,12 +59,7 @@ class RowLayout:
                 raise ValueError(f"{name}: row {row} has {problem}" + (" is supported" if rows is holes else ""))
         shift = start + length - packed if at_end else start
         common = int(shift[0]) if bool((shift == shift[0]).all()) else None
-        return cls(length, shift, width, packed, at_end, common)
-
-    @property
-    def full(self) -> bool:
-        """No row has padding once packed (True says so surely; rows of one length)."""
-        return self.common_shift is not None and self.width == self.packed
+        return cls(length, shift, width, packed, at_end, common, bool((length == width).all()))
 
     def pack(self, values: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[B, packed, ...]``; padding columns hold arbitrary values of the row."""
@@ -87,7 +84,7 @@ class RowLayout:
         return pad(self.pack(labels).masked_fill(~self._inside(column), IGNORE), (front, 0), value=IGNORE)
 
     def mask(self, front: int) -> Tensor:
-        """1 where a packed row, with `front` virtual tokens before its own ones, is no padding: ``[B, front+packed]``."""
+        """1 where a packed row, with `front` virtual tokens before its own, is no padding: ``[B, front + packed]``."""
         column = torch.arange(front + self.packed, device=self.length.device)
         inside = column >= self.first[:, None] if self.at_end else column < front + self.length[:, None]
         return inside.long()

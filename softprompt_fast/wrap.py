@@ -12,7 +12,7 @@ from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.model import SoftPromptModel
 
 
-def accelerate(peft_model: nn.Module, *, backend: str | None = None) -> Any:
+def accelerate(peft_model: Any, *, backend: str | None = None) -> Any:
     """The same model with each prompt computed once: same ``forward``, same ``generate``, same parameters.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random encoders and encoder-decoders, PEFT adapters for them, and the oracle: PEFT on each row alone, unpadded."""
+"""Tiny random encoders and encoder-decoders, PEFT adapters for them, and padded batches of rows."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def stack(rows: list[Tensor], side: str, fill: int = PAD) -> tuple[Tensor, Tenso
     if side == "none":
         shortest = min(map(len, rows))
         return torch.stack([row[:shortest] for row in rows]), None
-    width = max(map(len, rows)) + 1  # + 1: padding in every row, also in a batch of one
+    width = max(map(len, rows)) + (len(rows) == 1)  # a batch of one is padded too; in others the longest row is not
     ids = torch.full((len(rows), width), fill)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):

@@ -301,6 +301,46 @@ _FAMILIES = [
         "LayerNorm, biases, partial rope, norms per head",
         shares_prefix=False,
     ),
+    # Not on the list of supported families: each hides a trap that a prefix could fall into silently.
+    Family(
+        "llama4_text",
+        lambda: _llama_like(
+            transformers.Llama4TextConfig,
+            head_dim=8,
+            num_local_experts=4,
+            attention_chunk_size=LONG_WINDOW,
+            num_hidden_layers=4,
+            intermediate_size_mlp=48,
+        ),
+        "attention in chunks, known to the mask only",
+        shares_prefix=False,
+    ),
+    Family(
+        "phimoe_window",
+        lambda: _llama_like(
+            transformers.PhimoeConfig,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            router_jitter_noise=0.0,
+            sliding_window=LONG_WINDOW,
+        ),
+        "a sliding window known to the mask only",
+        shares_prefix=False,
+    ),
+    Family(
+        "ctrl",
+        lambda: transformers.CTRLConfig(
+            vocab_size=VOCAB_SIZE,
+            n_embd=HIDDEN_SIZE,
+            n_positions=64,
+            dff=48,
+            n_layer=3,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        ),
+        "scales the embeddings it is given in place",
+    ),
 ]
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 

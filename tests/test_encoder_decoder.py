@@ -225,6 +225,36 @@ def test_the_prefix_is_shared_and_the_paths_are_said(family: Family, monkeypatch
 
 
 @BOTH
+def test_eager_attention(family: Family) -> None:
+    base = family.build()
+    base.set_attn_implementation("eager")
+    model = with_adapter(base, family, "PREFIX_TUNING")
+    row, target = ragged_rows(1)[0][None], ragged_rows(1, seed=7)[0][None]
+    expected = model(input_ids=row, labels=target).logits
+    torch.testing.assert_close(spf.accelerate(model)(input_ids=row, labels=target).logits, expected)
+
+
+@EVERY
+def test_gradient_checkpointing_changes_nothing(family: Family, method: str) -> None:
+    model = with_adapter(family.build(), family, method)
+    fast = spf.accelerate(model).train()
+    parameters = trained(model)
+    ids, mask = stack(ragged_rows(3), "left")
+    kwargs = {"input_ids": ids, "attention_mask": mask, "labels": ids, "task_ids": torch.arange(3)}
+    expected = fast(**kwargs)
+    gradient = gradients(expected.loss, parameters)
+    fast.base.gradient_checkpointing_enable({"use_reentrant": False})
+    again = fast(**kwargs)
+    torch.testing.assert_close(again.logits, expected.logits, rtol=1e-6, atol=1e-6)
+    assert_gradients_equal(gradients(again.loss, parameters), gradient)
+    if "shared" not in str(spf.explain(fast)):
+        return
+    fast._why_expanded = "it is told to"
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        fast(**kwargs)
+
+
+@BOTH
 def test_attention_dropout_takes_a_path_that_has_dropout(family: Family) -> None:
     fast = spf.accelerate(with_adapter(family.build(), family, "PREFIX_TUNING"))
     ids = torch.randint(5, VOCAB, (3, 5))
@@ -254,8 +284,10 @@ IDS = torch.full((2, 4), 7)
          "attention_mask: row 0 has zeros between"),
         ({"input_ids": IDS, "labels": IDS, "decoder_attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])},
          "decoder_attention_mask: row 0 has zeros between"),
-        ({"input_ids": IDS, "labels": torch.full((2, 22), 7)}, "decoder_input_ids: 3 virtual tokens and 22 own.*has 24"),
-        ({"input_ids": torch.full((2, 25), 7), "labels": IDS}, "input_ids: 0 virtual tokens and 25 own tokens.*has 24"),
+        ({"input_ids": IDS, "labels": torch.full((2, 22), 7)},
+         "decoder_input_ids: 3 virtual tokens and 22.*max_position_embeddings=24"),
+        ({"input_ids": torch.full((2, 25), 7), "labels": IDS},
+         "input_ids: 0 virtual tokens and 25 own.*max_position_embeddings=24"),
         ({"input_ids": IDS, "labels": IDS, "past_key_values": object()}, "past_key_values: not supported"),
     ],
 )  # fmt: skip
@@ -280,7 +312,7 @@ def test_generate_refuses_what_it_would_get_wrong() -> None:
 def test_prompts_that_do_not_fit_are_refused() -> None:
     base = BART.build()
     fast = spf.EncoderDecoderSoftPromptModel(base)
-    with pytest.raises(ValueError, match="task_type.*CAUSAL_LM"):
+    with pytest.raises(ValueError, match=r"task_type.*CAUSAL_LM"):
         fast.add_prompt("lm", spf.SoftPrompt.for_model("PROMPT_TUNING", base, num_virtual_tokens=2))
     config = BART.config()
     config.decoder_layers = 2

@@ -294,6 +294,18 @@ def test_loaded_prompts_train_on(variant: str, tmp_path: Path) -> None:
             peft_io.load_adapter(tmp_path, trainable=True)
 
 
+def test_a_loaded_prompt_does_not_follow_its_file(tmp_path: Path) -> None:
+    model = peft_llama("PROMPT_TUNING")
+    model.save_pretrained(tmp_path)
+    prompt = peft_io.load_adapter(tmp_path)
+    expected = our_value(prompt).clone()
+    with open(tmp_path / peft_io.WEIGHTS_NAME, "r+b") as file:  # as PEFT's own save does: in place
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    assert torch.equal(our_value(prompt), expected)
+    assert not torch.equal(our_value(peft_io.load_adapter(tmp_path)), expected)
+
+
 def test_keys_of_later_peft_versions_are_kept(tmp_path: Path) -> None:
     peft_llama("PROMPT_TUNING").save_pretrained(tmp_path)
     path = tmp_path / peft_io.CONFIG_NAME

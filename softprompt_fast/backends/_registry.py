@@ -3,13 +3,13 @@
 
 A backend is a module ``softprompt_fast.backends.<backend>.<op>`` with
 
-* ``reasons(*args) -> list[str]``: why it cannot serve a call with these arguments of the op; empty when it can. It looks
-  at devices, dtypes and options, never at batch size or lengths (under ``torch.compile`` those would become guards) and
-  never at tensor values (on an accelerator that waits for the device).
+* ``reasons(*args) -> list[str]``: why it cannot serve a call with these arguments of the op; empty when it can. It
+  looks at devices, dtypes and options, never at batch size or lengths (under ``torch.compile`` those would become
+  guards) and never at tensor values (on an accelerator that waits for the device).
 * the functions that the op's file in ``softprompt_fast/ops`` calls.
 
-The name comes from the ``backend`` argument, else from the environment variable ``SOFTPROMPT_FAST_BACKEND``, else it is
-``"auto"``. A name that was asked for runs or raises :class:`BackendError`; only ``"auto"`` goes on to the next one.
+The name comes from the ``backend`` argument, else from the environment variable ``SOFTPROMPT_FAST_BACKEND``, else it
+is ``"auto"``. A name that was asked for runs or raises :class:`BackendError`; only ``"auto"`` goes on to the next one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from softprompt_fast.backends import heuristics
 
-__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "OPS", "BackendError", "available_backends", "requested", "select"]
+__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "OPS", "BackendError", "Backends", "available_backends", "requested"]
 
 OPS = ("prefix_attention", "merge_states", "prompt_concat", "prompt_qkv")
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
@@ -41,34 +41,66 @@ class BackendError(RuntimeError):
     """No backend, or not the one that was asked for, can serve a call. The message lists every reason."""
 
 
-@cache
-def _load(op: str, backend: str) -> ModuleType | str:
-    """The module of a backend, or the reason why there is none."""
-    if op not in OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS)}, found {op!r}")
-    name = f"softprompt_fast.backends.{backend}.{op}"
-    try:
-        found = importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        return f"{_DESCRIPTIONS.get(backend, backend)} for {op} are not part of this version"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return str(error)
+class Backends:
+    """The backends of one op: ``backends[name]`` is a module; ``missing[name]`` says why one could not be loaded."""
 
+    def __init__(self, op: str) -> None:
+        if op not in OPS:
+            raise ValueError(f"op: expected one of {', '.join(OPS)}, found {op!r}")
+        self.op = op
+        self.modules: dict[str, ModuleType] = {}
+        self.missing: dict[str, str] = {}
+        for backend in BACKENDS:
+            if backend != "reference":  # the op's own file calls its definition
+                loaded = _load(op, backend)
+                if isinstance(loaded, str):
+                    self.missing[backend] = loaded
+                else:
+                    self.modules[backend] = loaded
 
-@cache
-def table(op: str) -> dict[str, ModuleType | str]:
-    """Every kernel backend with its module, or with the reason (a string) why it cannot be loaded."""
-    return {backend: _load(op, backend) for backend in BACKENDS if backend != "reference"}
+    def __getitem__(self, backend: str) -> ModuleType:
+        return self.modules[backend]
+
+    def select(self, backend: str | None, args: tuple[Any, ...]) -> str:
+        """The name of the backend that serves a call of the op with ``args``, of which the first is a tensor.
+
+        Raises:
+            ValueError: there is no backend of that name.
+            BackendError: the backend asked for cannot serve the call, or (``"auto"``) none can.
+        """
+        name = requested(backend)
+        candidates = heuristics.backend_order(args[0].device.type) if name == "auto" else (name,)
+        refused: dict[str, list[str]] = {}
+        for candidate in candidates:
+            if candidate == "reference":  # it serves everything
+                why: list[str] = []
+            elif candidate in self.missing:
+                why = [self.missing[candidate]]
+            else:
+                why = self.modules[candidate].reasons(*args)
+            if not why:
+                if len(refused) > 0 and name == "auto" and not torch.compiler.is_compiling():
+                    self._tell_once(candidate, refused)
+                return candidate
+            refused[candidate] = why
+        lines = [f"{self.op}: backend {name!r} cannot serve this call:"]
+        lines += [f"  {candidate}: {reason}" for candidate, why in refused.items() for reason in why]
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        shapes = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for t in tensors)
+        raise BackendError("\n".join([*lines, f"  called with {', '.join(shapes)}"]))
+
+    def _tell_once(self, chosen: str, refused: dict[str, list[str]]) -> None:
+        """Log that a backend which is here would not take a call. What is merely not installed is no news."""
+        why = "; ".join(f"{name}: {', '.join(rs)}" for name, rs in refused.items() if name in self.modules)
+        if why and (self.op, why) not in _told:
+            _told.add((self.op, why))
+            _logger.warning("%s runs on backend %r (%s)", self.op, chosen, why)
 
 
 def available_backends(op: str) -> dict[str, list[str]]:
     """Every backend name with the reasons why it cannot run ``op`` on this machine at all; an empty list: it can."""
-    found: dict[str, list[str]] = {name: [m] if isinstance(m, str) else [] for name, m in table(op).items()}
-    return {"reference": [], **found}
+    missing = Backends(op).missing
+    return {name: [missing[name]] if name in missing else [] for name in BACKENDS}
 
 
 def requested(backend: str | None = None) -> str:
@@ -79,46 +111,22 @@ def requested(backend: str | None = None) -> str:
         return backend
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            f"environment variable {ENVIRONMENT_VARIABLE}: expected 'auto' or one of {', '.join(BACKENDS)}, found {name!r}"
-        )
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"environment {ENVIRONMENT_VARIABLE}: expected 'auto' or one of {known}, found {name!r}")
     return name
 
 
-def select(op: str, backends: dict[str, ModuleType | str], backend: str | None, args: tuple[Any, ...]) -> str:
-    """The name of the backend that serves a call of ``op`` with ``args``; ``backends`` is ``table(op)``.
-
-    Raises:
-        BackendError: the backend asked for cannot serve the call, or (``"auto"``) none can.
-    """
-    name = requested(backend)
-    candidates = heuristics.backend_order(args[0].device.type) if name == "auto" else (name,)
-    refused: dict[str, list[str]] = {}
-    for candidate in candidates:
-        if candidate == "reference":  # the definition: it serves everything
-            why: list[str] = []
-        else:
-            module = backends[candidate]
-            why = [module] if isinstance(module, str) else module.reasons(*args)
-        if not why:
-            if name == "auto" and refused and not torch.compiler.is_compiling():
-                _tell_once(op, candidate, refused, backends)
-            return candidate
-        refused[candidate] = why
-    lines = [f"  {candidate}: {reason}" for candidate, why in refused.items() for reason in why]
-    raise BackendError(
-        "\n".join([f"{op}: backend {name!r} cannot serve this call:", *lines, f"  called with {_shapes(args)}"])
-    )
-
-
-def _tell_once(op: str, chosen: str, refused: dict[str, list[str]], backends: dict[str, ModuleType | str]) -> None:
-    """Log, once, that a backend which is here would not take a call. What is merely not installed is no news."""
-    why = "; ".join(f"{name}: {', '.join(rs)}" for name, rs in refused.items() if not isinstance(backends[name], str))
-    if why and (op, why) not in _told:
-        _told.add((op, why))
-        _logger.warning("%s runs on backend %r, because %s", op, chosen, why)
-
-
-def _shapes(args: tuple[Any, ...]) -> str:
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}" for t in tensors)
+@cache
+def _load(op: str, backend: str) -> ModuleType | str:
+    """The module of a backend, or the reason why there is none."""
+    name = f"softprompt_fast.backends.{backend}.{op}"
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the folder
+        found = False
+    if not found:
+        return f"{_DESCRIPTIONS.get(backend, backend)} for {op} are not part of this version"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return str(error)

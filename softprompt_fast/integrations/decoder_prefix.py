@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one prefix reaches the self-attention of a transformers encoder-decoder's decoder.
 
-As in :mod:`softprompt_fast.integrations.transformers` the prefix travels as keyword ``soft_prompt``. Here it passes the
-encoder and cross-attention too, which must not see it, and the decoder counts positions by the length of its cache.
+As in :mod:`softprompt_fast.integrations.transformers` the prefix travels as keyword ``soft_prompt``. Here it passes
+the encoder and cross-attention too, which must not see it, and the decoder may count positions by its cache's length.
 """
 
 from __future__ import annotations
@@ -38,19 +38,33 @@ class DecoderPrefix:
     relative: nn.Module | None
     backend: str | None = None
     reached: set[int] = field(default_factory=set)
+    _bias: Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.keys[0].shape[1]
 
-    def bias(self, module: nn.Module, num_queries: int, num_keys: int) -> Tensor | None:
+    def bias(self, module: Any, num_queries: int, num_keys: int) -> Tensor | None:
         """Additive bias ``[1, H, S, P + T]`` over prefix and own keys, as if the prefix were the first keys."""
-        own = getattr(module, "has_relative_attention_bias", False)  # umt5 has one bias a layer
-        relative = module if own else self.relative
-        if relative is None:
+        if getattr(module, "has_relative_attention_bias", False):  # the first layer, or in umt5 every layer
+            return _relative_bias(module, num_queries, self.length + num_keys)
+        if self.relative is None:
             return None
-        total = self.length + num_keys
-        return relative.compute_bias(num_queries, total, past_seen_tokens=total - num_queries)
+        if self._bias is None or self._bias.shape[2:] != (num_queries, self.length + num_keys):
+            self._bias = _relative_bias(self.relative, num_queries, self.length + num_keys)
+        return self._bias
+
+
+def _relative_bias(module: Any, num_queries: int, num_keys: int) -> Tensor:
+    """T5's bias ``[1, H, S, T]`` of the last S of T positions, from a module's buckets and table."""
+    position = torch.arange(num_keys, device=module.relative_attention_bias.weight.device)
+    bucket = module._relative_position_bucket(
+        position - position[num_keys - num_queries :, None],
+        bidirectional=False,
+        num_buckets=module.relative_attention_num_buckets,
+        max_distance=module.relative_attention_max_distance,
+    )
+    return module.relative_attention_bias(bucket).permute(2, 0, 1)[None]
 
 
 class PositionedCache(EncoderDecoderCache):
@@ -94,11 +108,12 @@ def _register(original_name: str) -> str:
 
 
 def decoder_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
     original: Any,
     scaling: float | None = None,
     dropout: float = 0.0,

@@ -187,7 +187,8 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     path, pickled = directory / WEIGHTS_NAME, directory / PICKLED_WEIGHTS_NAME
     if path.is_file():
         try:
-            return load_file(path)
+            # Copied: load_file maps the file, and PEFT rewrites adapters in place, under the feet of a map.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except SafetensorError as error:
             raise AdapterError(f"{path}: damaged or truncated ({error})") from error
     if not pickled.is_file():

@@ -41,7 +41,7 @@ class PrefixContext:
         query_start: int32 ``[B]``, own position of a row's first query (None: T - S, see ``prefix_attention``).
         causal: False in encoders.
         backend: backend to force, None for "auto".
-        reached: layers that asked for their prefix, filled only while a model is being probed.
+        windows: the sliding window of each layer that asked for its prefix, filled only while a model is probed.
     """
 
     keys: tuple[torch.Tensor, ...] | None
@@ -53,7 +53,7 @@ class PrefixContext:
     query_start: torch.Tensor | None = None
     causal: bool = True
     backend: str | None = None
-    reached: list[int] | None = None
+    windows: dict[int, int | None] | None = None
 
 
 @dataclass
@@ -69,7 +69,7 @@ class CaptureContext:
 
 
 def soft_prompt_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -98,7 +98,7 @@ def soft_prompt_attention(
 
 
 def _shared_prefix(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -113,8 +113,8 @@ def _shared_prefix(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if context.reached is not None:
-        context.reached.append(module.layer_idx)
+    if context.windows is not None:
+        context.windows[module.layer_idx] = sliding_window
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
     if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
         # The op has no dropout and returns no weights: expand the prefix and let the original do it.
@@ -143,7 +143,7 @@ def _shared_prefix(
 
 
 def _layer_prefix(
-    module: nn.Module, key: torch.Tensor, value: torch.Tensor, context: PrefixContext
+    module: Any, key: torch.Tensor, value: torch.Tensor, context: PrefixContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if context.keys is None or context.values is None:
         return key.new_empty(key.shape[1], 0, key.shape[3]), value.new_empty(value.shape[1], 0, value.shape[3])
@@ -151,7 +151,7 @@ def _layer_prefix(
 
 
 def _expanded_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -226,7 +226,7 @@ def _register(original_name: str) -> str:
 
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             original = _eager(module) if original_name == "eager" else ALL_ATTENTION_FUNCTIONS[original_name]
-            return soft_prompt_attention(module, *args, original=original, **kwargs)
+            return soft_prompt_attention(module, *args, **kwargs, original=original)
 
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
         if original_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
@@ -274,7 +274,34 @@ def num_attention_layers(base: PreTrainedModel) -> int:
     return int(base.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def max_positions(base: PreTrainedModel) -> int | None:
-    """The number of positions the model was built for, or None where its position code has no limit (ALiBi, ...)."""
-    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else None
+def drops_cache(base: PreTrainedModel) -> bool:
+    """Whether a forward pass now would ignore `past_key_values`: layers under gradient checkpointing do, in training."""
+    return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    """How many positions a prompt and a row's own tokens may take together, and why no more."""
+
+    positions: int
+    why: str
+
+
+def position_limit(base: PreTrainedModel) -> PositionLimit | None:
+    """The limit of a base model; None where its position code has none (ALiBi, ...)."""
+    config = base.config.get_text_config(decoder=True)
+    limits = []
+    if positions := getattr(config, "max_position_embeddings", None):
+        limits.append(PositionLimit(int(positions), f"the base model has max_position_embeddings={positions}"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one a layer type.
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        original = parameters.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if parameters.get("rope_type") in ("longrope", "dynamic") and (original or positions):
+            # Past it, every token's rotation depends on the length of the whole sequence, also those computed before.
+            limit = int(original or positions)
+            why = f"rope_type={parameters['rope_type']!r} rotates all earlier tokens anew beyond {limit}"
+            limits.append(PositionLimit(limit, why))
+    return min(limits, key=lambda limit: limit.positions, default=None)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def describe(x: Tensor) -> str:
 
 
 def check_index(name: str, index: Tensor | None, size: int | None, device: torch.device) -> None:
-    """An index tensor is int32 or int64, one-dimensional, of ``size`` elements (None: offsets, 2 or more), on ``device``."""
+    """An index tensor is int32 or int64, ``[size]`` (None: offsets, two or more), and on ``device``."""
     if index is None:
         return
     fits = index.dim() == 1 and (index.shape[0] == size if size is not None else index.shape[0] >= 2)
@@ -23,13 +25,13 @@ def check_index(name: str, index: Tensor | None, size: int | None, device: torch
 
 
 def check_offsets(name: str, offsets: Tensor | None, packed: int) -> tuple[int, int]:
-    """The values of offsets that lie in host memory rise within 0..packed. Returns their number of pieces and the longest."""
+    """Offsets that lie in host memory rise within 0..packed. Returns the number of pieces and the longest."""
     if offsets is None:
         return 1, packed
     values = offsets.tolist()
-    if values[0] < 0 or values[-1] > packed or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] < 0 or values[-1] > packed or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"{name}: expected rising values within 0..{packed}, found {values}")
-    return len(values) - 1, max(b - a for a, b in zip(values, values[1:], strict=False))
+    return len(values) - 1, max(b - a for a, b in pairwise(values))
 
 
 def check_range(name: str, index: Tensor | None, low: int, high: int) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import _registry
+from softprompt_fast.backends._registry import Backends
 from softprompt_fast.ops._library import autograd, call, define
 from softprompt_fast.reference.merge_states import merge_states as reference
 
 __all__ = ["merge_states"]
 
-BACKENDS = _registry.table("merge_states")
+BACKENDS = Backends("merge_states")
 
 
 def merge_states(
@@ -26,7 +26,8 @@ def merge_states(
         lse = \log(e^{lse_a} + e^{lse_b}), \qquad out = e^{lse_a - lse}\, out_a + e^{lse_b - lse}\, out_b
 
     Exact, because a softmax over a union of keys is the two softmaxes weighted by their sums of exponentials (the
-    "online softmax" of Milakov and Gimelshein, 2018). An empty state is (zeros, -inf); two of them merge to an empty state.
+    "online softmax" of Milakov and Gimelshein, 2018). An empty state is (zeros, -inf); two of them merge to an empty
+    state.
 
     Args:
         out_a, out_b: ``[..., Dv]`` floating, same shape and dtype: normalised partial outputs.
@@ -34,8 +35,8 @@ def merge_states(
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 
     Returns:
-        ``(out, lse)`` shaped and typed like the inputs; memory formats are as PyTorch's elementwise functions choose them.
-        Differentiable in all four inputs.
+        ``(out, lse)`` shaped and typed like the inputs; memory formats are as PyTorch's elementwise functions choose
+        them. Differentiable in all four inputs.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -52,7 +53,7 @@ def merge_states(
         if lse.dtype != lse_dtype:
             raise ValueError(f"{name}: expected {lse_dtype} beside {out_a.dtype} outputs, found {lse.dtype}")
     args = (out_a, lse_a, out_b, lse_b)
-    name = _registry.select("merge_states", BACKENDS, backend, args)
+    name = BACKENDS.select(backend, args)
     if name == "reference":
         return reference(*args)
     return call(_forward, *args, name)

@@ -8,21 +8,22 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import _registry
+from softprompt_fast.backends._registry import Backends
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range, describe
 from softprompt_fast.ops._library import autograd, call, define
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 
 __all__ = ["prefix_attention"]
 
-BACKENDS = _registry.table("prefix_attention")
+BACKENDS = Backends("prefix_attention")
 
 
+# The two kinds of result, for type checkers; the options are those of the definition below.
 @overload
-def prefix_attention(*args: Any, return_lse: Literal[False] = ..., **kwargs: Any) -> Tensor: ...
+def prefix_attention(*tensors: Tensor, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
 @overload
-def prefix_attention(*args: Any, return_lse: Literal[True], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
-def prefix_attention(
+def prefix_attention(*tensors: Tensor, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+def prefix_attention(  # type: ignore[misc]
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,45 +47,56 @@ def prefix_attention(
     r"""Attend from every row's queries to the row's prefix, of which there is one copy, and to the row's own keys.
 
     .. math::
-        s_j = cap(scale \cdot q \cdot k_j) + bias_j, \quad lse = \log \sum_j e^{s_j}, \quad out = \sum_j e^{s_j - lse} v_j
+        s_j = cap(scale \cdot q \cdot k_j) + bias_j, \qquad
+        lse = \log \sum_j e^{s_j}, \qquad
+        out = \sum_j e^{s_j - lse} v_j
 
-    over the visible keys j of "prefix, then own keys"; ``cap(x) = softcap * tanh(x / softcap)``. B rows, Hq = G * Hkv query
-    heads over Hkv key/value heads (query head h reads head h // G), S queries a row, T own keys a row, L prefix entries.
+    over the visible keys j of "prefix, then own keys"; ``cap(x) = softcap * tanh(x / softcap)``. B rows, Hq = G * Hkv
+    query heads over Hkv key/value heads (query head h reads head h // G), S queries a row, T own keys a row, L prefix
+    entries.
 
-    **What a query sees.** Query i of row b stands at own position ``query_start[b] + i``. It sees the whole prefix, and own key j
-    if ``own_start[b] <= j < own_end[b]`` and (causal) ``j <= position``. With a sliding window W, also
-    ``query place - key place < W``, counted over the sequence "prefix, then own tokens from own_start": prefix entry p of P
-    stands at place p, own position j at place ``P + j - own_start[b]``. A query outside ``[own_start, own_end)`` is padding: its
-    output is finite and otherwise unspecified. A query that sees nothing gives zeros and lse = -inf, never NaN.
+    **What a query sees.** Query i of row b stands at own position ``query_start[b] + i``. It sees the whole prefix,
+    and own key j if ``own_start[b] <= j < own_end[b]`` and (causal) ``j <= position``. With a sliding window W, also
+    ``query place - key place < W``, counted over the sequence "prefix, then own tokens from own_start": prefix entry p
+    of P stands at place p, own position j at place ``P + j - own_start[b]``. A query outside ``[own_start, own_end)``
+    is padding: its output is finite and otherwise unspecified. A query that sees nothing gives zeros and lse = -inf,
+    never NaN.
 
     Args:
         query: ``[B, Hq, S, D]`` floating. Any strides, here and below.
-        key, value: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, dtype and device of query; finite also where hidden.
-        prefix_key, prefix_value: ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``, same dtype and device: N prefixes packed end to end.
+        key, value: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, dtype and device of query. Hidden ones must be finite.
+        prefix_key, prefix_value: ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``, same dtype and device: N prefixes packed end to
+            end.
         prefix_offsets: int32 or int64 ``[N + 1]``, rising from >= 0 to <= L: prefix n is entries ``[offsets[n],
             offsets[n + 1])``. None: one prefix of L entries.
         prefix_index: int ``[B]``, each row's prefix, -1 for none. None: prefix 0 for all rows.
-        own_start, own_end: int ``[B]``, within 0..T: each row's range of own keys (left and right padding, or the filled part of a
-            static cache). None: 0 and T.
+        own_start, own_end: int ``[B]``, within 0..T: each row's range of own keys (left and right padding, or the
+            filled part of a static cache). None: 0 and T.
         query_start: int ``[B]``, own position of each row's first query. None: ``T - S``.
         scale: None: ``D ** -0.5``.
         causal: False: a query sees all its row's own keys.
         sliding_window: W > 0; needs causal.
         softcap: > 0.
-        sinks: floating ``[Hq]``, one more logit a head in the softmax's denominator, with no value (gpt-oss). lse includes it.
-        bias: floating ``[B or 1, Hq or 1, S or 1, W + T]``, added after the softcap (ALiBi, T5). The last T columns belong to the
-            own keys, column p before them to entry p of the row's own prefix; W is L for one prefix, else at least the longest.
+        sinks: floating ``[Hq]``, one more logit a head in the softmax's denominator, with no value (gpt-oss). lse
+            includes it.
+        bias: floating ``[B or 1, Hq or 1, S or 1, W + T]``, added after the softcap (ALiBi, T5). The last T columns
+            belong to the own keys, column p before them to entry p of the row's own prefix; W is L for one prefix,
+            else at least the longest.
         return_lse: return ``(out, lse)``.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 
     Returns:
-        ``out [B, Hq, S, Dv]`` in query's dtype, a view of ``[B, S, Hq, Dv]`` memory; with return_lse also ``lse [B, Hq, S]``, natural
-        logarithm, float32 (float64 for float64 inputs). Differentiable in query, key, value, prefix_key, prefix_value (summed
-        over the rows that use them), sinks and, through the reference only, bias; gradients flow through lse as well.
+        ``out [B, Hq, S, Dv]`` in query's dtype, a view of ``[B, S, Hq, Dv]`` memory; with return_lse also ``lse [B,
+        Hq, S]``, natural logarithm, float32 (float64 for float64 inputs). Differentiable in query, key, value,
+        prefix_key, prefix_value (summed over the rows that use them), sinks and, through the reference only, bias;
+        gradients flow through lse as well.
+
+    Source: Hydragen (Juravsky et al., 2024) for the shared prefix, FlashAttention (Dao et al., 2022) for the
+    gradients.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit. Values of prefix_offsets, prefix_index, own_start and own_end
-            are checked on the CPU only: elsewhere reading them would wait for the device, and they must be in range.
+        ValueError: a shape, dtype, device or option does not fit. Values of prefix_offsets, prefix_index, own_start
+            and own_end are checked on the CPU only: elsewhere reading them would wait for the device.
         BackendError: the backend asked for cannot serve this call.
     """
     _check(query, key, value, prefix_key, prefix_value)
@@ -95,7 +107,9 @@ def prefix_attention(
     check_index("own_end", own_end, batch, device)
     check_index("query_start", query_start, batch, device)
     if sliding_window is not None and (sliding_window <= 0 or not causal):
-        raise ValueError(f"sliding_window: expected None, or > 0 with causal=True, found {sliding_window} with {causal=}")
+        raise ValueError(
+            f"sliding_window: expected None, or > 0 with causal=True, found {sliding_window} with {causal=}"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected None or > 0, found {softcap}")
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != query.shape[1] or sinks.device != query.device):
@@ -120,7 +134,7 @@ def prefix_attention(
         sinks,
         bias,
     )
-    name = _registry.select("prefix_attention", BACKENDS, backend, args)
+    name = BACKENDS.select(backend, args)
     if name == "reference":
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _check_values(args)
@@ -168,7 +182,7 @@ def _check_bias(bias: Tensor, query: Tensor, own: int, packed: int, prefix_offse
 
 def _check_values(args: tuple[Any, ...]) -> None:
     """Values that lie in host memory. In the op and not in the public function: tracing has no values."""
-    query, key, _, prefix_key, _, prefix_offsets, prefix_index, own_start, own_end = args[:9]
+    _, key, _, prefix_key, _, prefix_offsets, prefix_index, own_start, own_end = args[:9]
     own, bias = key.shape[2], args[15]
     if prefix_offsets is not None or prefix_index is not None:
         prefixes, longest = check_offsets("prefix_offsets", prefix_offsets, prefix_key.shape[1])

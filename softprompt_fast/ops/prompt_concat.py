@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import _registry
+from softprompt_fast.backends._registry import Backends
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range, describe
 from softprompt_fast.ops._library import autograd, call, define
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 
 __all__ = ["prompt_concat", "prompt_layout"]
 
-BACKENDS = _registry.table("prompt_concat")
+BACKENDS = Backends("prompt_concat")
 
 
 def prompt_concat(
@@ -40,7 +40,8 @@ def prompt_concat(
         padding_side "left":   prompt_length - P zeros | a zeros | P virtual tokens | own tokens a..S-1
         padding_side "right":  a zeros | P virtual tokens | own tokens a..S-1 | prompt_length - P zeros
 
-    So a left-padded row keeps its prompt next to its own tokens. :func:`prompt_layout` gives the mask and the positions.
+    So a left-padded row keeps its prompt next to its own tokens. :func:`prompt_layout` gives the mask and the
+    positions.
 
     Args:
         tokens: int64 ``[B, S]`` token ids, or floating ``[B, S, H]`` embeddings.
@@ -50,16 +51,18 @@ def prompt_concat(
         prompt_offsets: int32 or int64 ``[N + 1]``, rising from >= 0 to <= L. None: one prompt of L virtual tokens.
         prompt_index: int ``[B]``, each row's prompt, -1 for none. None: prompt 0 for all rows.
         own_start: int ``[B]``, within 0..S: where a row's own tokens begin; those before are not read. None: 0.
-        prompt_length: slots for the virtual tokens, at least the longest prompt's. None: the longest; with prompt_offsets this
-            reads their values (an accelerator waits; a graph being traced breaks), so give it there.
-        scale, prompt_scale: factors of the tokens' and the prompt's embeddings (Gemma: ``H ** 0.5``, for both). None: 1.
+        prompt_length: slots for the virtual tokens, at least the longest prompt's. None: the longest; with
+            prompt_offsets this reads their values (an accelerator waits; a graph being traced breaks), so give it
+            there.
+        scale, prompt_scale: factors of the tokens' and the prompt's embeddings (Gemma: ``H ** 0.5``, for both). None:
+            1.
         out_dtype: None: the dtype of table, or of tokens where they are embeddings.
         padding_side: which side of a row is padded.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 
     Returns:
-        ``[B, prompt_length + S, H]`` in out_dtype, contiguous. Differentiable in prompt (summed over the rows that use it) and in
-        tokens where they are embeddings; in table through the reference only.
+        ``[B, prompt_length + S, H]`` in out_dtype, contiguous. Differentiable in prompt (summed over the rows that use
+        it) and in tokens where they are embeddings; in table through the reference only.
 
     Raises:
         IndexError: a token id is outside the table (on an accelerator: PyTorch's device-side assertion).
@@ -79,7 +82,7 @@ def prompt_concat(
         out_dtype,
         padding_side,
     )
-    name = _registry.select("prompt_concat", BACKENDS, backend, args)
+    name = BACKENDS.select(backend, args)
     if name == "reference":
         check_values(*args)
         return reference(*args)
@@ -103,8 +106,8 @@ def prompt_layout(
         own_end: int ``[B]``, where a row's own tokens end (right padding). None: S. The others: see prompt_concat.
 
     Returns:
-        ``(attention_mask, position_ids)``, int64 ``[B, prompt_length + S]``: 1 at virtual and own tokens; and their places counted
-        from the row's first virtual token, 0 in padding before it.
+        ``(attention_mask, position_ids)``, int64 ``[B, prompt_length + S]``: 1 at virtual and own tokens; and their
+        places counted from the row's first virtual token, 0 in padding before it.
     """
     batch, own = tokens.shape[:2]
     prompt_length = _prompt_length(prompt, prompt_offsets, prompt_length)
@@ -153,7 +156,9 @@ def prologue(
     if ids != (table is not None):
         raise ValueError(f"table: expected {'an embedding table' if ids else 'None'} with tokens {describe(tokens)}")
     if table is not None and (table.dim() != 2 or table.shape[1] != width or table.device != device):
-        raise ValueError(f"table: expected floating [V, {width}], as wide as prompt, on {device}, found {describe(table)}")
+        raise ValueError(
+            f"table: expected floating [V, {width}], as wide as prompt, on {device}, found {describe(table)}"
+        )
     if table is not None and not table.is_floating_point():
         raise ValueError(f"table: expected a floating dtype, found {describe(table)}")
     check_index("prompt_offsets", prompt_offsets, None, device)
@@ -216,8 +221,8 @@ def check_values(
                 wrong &= torch.arange(tokens.shape[1]) >= own_start[:, None]
             for row, column in wrong.nonzero()[:1].tolist():
                 raise IndexError(
-                    f"tokens: id {int(tokens[row, column])} in row {row}, column {column} is outside the vocabulary of "
-                    f"{table.shape[0]} tokens"
+                    f"tokens: id {int(tokens[row, column])} in row {row}, column {column} is outside the vocabulary "
+                    f"of {table.shape[0]} tokens"
                 )
 
 
@@ -261,9 +266,9 @@ _forward = define(
     _forward_fake,
 )
 _backward_op = define(
-    "prompt_concat_backward(Tensor grad_out, Tensor tokens, Tensor prompt, Tensor? prompt_offsets, Tensor? prompt_index, "
-    "Tensor? own_start, SymInt prompt_length, float scale, float prompt_scale, bool left, str backend)"
-    " -> (Tensor, Tensor)",
+    "prompt_concat_backward(Tensor grad_out, Tensor tokens, Tensor prompt, Tensor? prompt_offsets, "
+    "Tensor? prompt_index, Tensor? own_start, SymInt prompt_length, float scale, float prompt_scale, bool left, "
+    "str backend) -> (Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Oracle of :func:`softprompt_fast.ops.prefix_attention`: every row gets its own copy of its prefix in front of its own
-keys, then one masked softmax runs over the joined sequence."""
+"""Oracle of :func:`softprompt_fast.ops.prefix_attention`: every row gets its own copy of its prefix in front of its
+own keys, then one masked softmax runs over the joined sequence."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Part:
-    """Queries against one run of keys ``[start, stop)``: of the packed prefixes (``shared``) or of each row's own keys."""
+    """Queries against a run of keys ``[start, stop)``, of the packed prefixes (``shared``) or of each row's own."""
 
     shared: bool
     start: int
@@ -35,8 +35,8 @@ class Part:
 class Visibility:
     """The arguments of prefix_attention that say which query sees which key, and the parts that follow from them.
 
-    On a CPU the values of the ranges are read, so that most calls need no mask. Elsewhere reading would wait for the device,
-    and whatever could be hidden is hidden by a mask.
+    On a CPU the values of the ranges are read, so that most calls need no mask. Elsewhere reading would wait for the
+    device, and whatever could be hidden is hidden by a mask.
     """
 
     batch: int
@@ -145,7 +145,7 @@ class Visibility:
         return [Part(True, start + skipped, stop, rows=rows, hidden=hidden, bias=bias)]
 
     def _pack_part(self) -> Part:
-        """Every row against the whole pack, with other rows' prefixes hidden: more arithmetic, but no value is read."""
+        """Every row against the whole pack, other rows' prefixes hidden: more arithmetic, but no value is read."""
         offsets = (
             torch.tensor([0, self.packed], device=self.device) if self.prefix_offsets is None else self.prefix_offsets
         )

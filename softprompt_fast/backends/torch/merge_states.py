@@ -15,7 +15,8 @@ def reasons(*args: Any) -> list[str]:
 
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse_a, lse_b)
-    # Two empty states: lse is -inf, and (-inf) - (-inf) would be NaN. Against a finite stand-in both weights are exp(-inf) = 0.
+    # Two empty states: lse is -inf, and (-inf) - (-inf) would be NaN. Against a finite stand-in both weights are
+    # exp(-inf) = 0.
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)
     weight_a, weight_b = (lse_a - finite).exp_().unsqueeze(-1), (lse_b - finite).exp_().unsqueeze(-1)
     return torch.addcmul(weight_a * out_a, weight_b, out_b).to(out_a.dtype), lse
@@ -31,7 +32,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With w_x = exp(lse_x - lse): d out / d out_x = w_x, d out / d lse_x = w_x (out_x - out), d lse / d lse_x = w_x."""
+    """With w = exp(lse_x - lse): d out / d out_x = w, d out / d lse_x = w (out_x - out), d lse / d lse_x = w."""
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)
     grads_out, grads_lse = [], []
     for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """prefix_attention in pure PyTorch.
 
-All rows that use a prefix stack their queries into one ``[Hkv, B * G * S, D]`` block, so that the one copy of the prefix is
-read once, by a dense product (Hydragen, Juravsky et al., 2024); every row then attends to its own keys, and the two partial
-softmaxes merge through their log-sum-exps. The backward needs no merge: with the final LSE, ``exp(score - lse)`` is a
-key's probability whichever part it is in, so every part gives its share of each gradient alone (as in ring attention).
+All rows that use a prefix stack their queries into one ``[Hkv, B * G * S, D]`` block, so that the one copy of the
+prefix is read once, by a dense product (Hydragen, Juravsky et al., 2024); every row then attends to its own keys, and
+the two partial softmaxes merge through their log-sum-exps. The backward needs no merge: with the final LSE,
+``exp(score - lse)`` is a key's probability whichever part it is in, so every part gives its share of each gradient
+alone (as in ring attention).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 from softprompt_fast.backends.heuristics import join_keys, score_rows
 from softprompt_fast.backends.torch._visibility import Part, Visibility
 
-# PyTorch's own tiled CPU kernels. Unlike scaled_dot_product_attention they return the LSE, and the backward takes any LSE.
+# PyTorch's own tiled CPU kernels. Unlike scaled_dot_product_attention they return the LSE, and the backward takes any
+# LSE.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -64,7 +66,11 @@ def forward(
     runs = [(part, *_keys(part, key, value, prefix_key, prefix_value, dtype)) for part in parts]
     if queries == 1 and len(runs) == 2 and sinks is None and _flash_serves(query, value, softcap):
         (own_part, own_key, own_value), (prefix_part, packed_key, packed_value) = runs
-        if own_part.plain and prefix_part.plain and join_keys(batch, own_part.size + prefix_part.size, 2 * kv_heads * head_dim):
+        if (
+            own_part.plain
+            and prefix_part.plain
+            and join_keys(batch, own_part.size + prefix_part.size, 2 * kv_heads * head_dim)
+        ):
             key = torch.cat([packed_key.expand(batch, -1, -1, -1), own_key], 2)
             value = torch.cat([packed_value.expand(batch, -1, -1, -1), own_value], 2)
             out, lse = _flash(query, key, value, 0.0, False, scale=scale)  # in [B, S, Hq, D] memory
@@ -125,13 +131,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     batch, q_heads, queries, _ = query.shape
     kv_heads, own = key.shape[1], key.shape[2]
-    groups, dtype = q_heads // kv_heads, lse.dtype
-    inputs = (query, key, value, prefix_key, prefix_value)
+    groups, query_dtype, dtype = q_heads // kv_heads, query.dtype, lse.dtype
     grad_query = torch.zeros(batch, queries, q_heads, query.shape[-1], dtype=dtype, device=query.device).transpose(
         1, 2
     )
     grad_heads = grad_query.unflatten(1, (kv_heads, groups))
-    grads = [grad_query, *(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs[1:])]
+    grads = [
+        grad_query,
+        *(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value, prefix_key, prefix_value)),
+    ]
     grad_sinks = None if sinks is None else torch.zeros_like(sinks)
     if lse.numel():
         query, grad_out, out = (_operand(x, dtype) for x in (query, grad_out, out))
@@ -154,8 +162,8 @@ def backward(
             part_grad, part_query, part_lse = (_pack(x, part, kv_heads) for x in (grad_out, query, lse))
             if flash:
                 grad_part = _flash_backward(
-                    part_grad, part_query, part_key, part_value, _pack(out, part, kv_heads), part_lse, 0.0, part.causal,
-                    attn_mask=part_mask, scale=scale,
+                    part_grad, part_query, part_key, part_value, _pack(out, part, kv_heads), part_lse, 0.0,
+                    part.causal, attn_mask=part_mask, scale=scale,
                 )  # fmt: skip
             else:
                 grad_part = _attend_backward(
@@ -169,7 +177,8 @@ def backward(
                 grad_heads[part.rows] += grad_part_query
             for total, grad in zip(grads[3:] if part.shared else grads[1:3], grad_part[1:], strict=True):
                 total[..., part.start : part.stop, :] += grad[0] if part.shared else grad
-    return (*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), grad_sinks)
+    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = (grad.to(query_dtype) for grad in grads)
+    return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,8 +205,9 @@ def _keys(
 def _pack(x: Tensor, part: Part, kv_heads: int) -> Tensor:
     """Lay ``[B, Hq, S, ...]`` out for the part's attention, ``[n, h, M, ...]``.
 
-    Shared keys: ``[1, Hkv, b * G * S, ...]``, all rows as one block of queries. Own keys: ``[B, Hkv, G, ...]`` where a row has
-    a single query (a view; a key is then read once and not once a query head), else ``[B, Hq, S, ...]`` as it is.
+    Shared keys: ``[1, Hkv, b * G * S, ...]``, all rows as one block of queries. Own keys: ``[B, Hkv, G, ...]`` where a
+    row has a single query (a view; a key is then read once and not once a query head), else ``[B, Hq, S, ...]`` as it
+    is.
     """
     if part.shared:
         x = x if part.rows is None else x[part.rows]
@@ -263,8 +273,8 @@ def _attend_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of packed queries, keys and values through one part. With p = exp(score - lse), lse over all parts, and
-    delta = sum(grad_out * out) - grad_lse, the gradient of a score is p (grad_out . value - delta)."""
+    """Gradients of packed queries, keys and values through one part. With p = exp(score - lse), lse over all parts,
+    and delta = sum(grad_out * out) - grad_lse, the gradient of a score is p (grad_out . value - delta)."""
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     by_kv_head = query.shape[0], key.shape[1], -1
     for chunk, chunk_query, scores, slope in _score_chunks(query, key, mask, causal, scale, softcap):
@@ -313,5 +323,5 @@ def _merge(
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """A query that sees nothing has lse = -inf, and (-inf) - (-inf) is NaN; against any finite stand-in its weights are 0."""
+    """Where a query sees nothing (-inf) - (-inf) would be NaN; against any finite stand-in its weights are 0."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)

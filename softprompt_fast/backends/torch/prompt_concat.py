@@ -76,7 +76,8 @@ def backward(
     from_prompt, from_tokens, entry, token = _slots(
         batch, own, prompt, prompt_offsets, prompt_index, own_start, prompt_length, left
     )
-    # Slots that hold no virtual token add to one spare entry behind the last: no boolean index, so no wait for the device.
+    # Slots that hold no virtual token add to one spare entry behind the last: no boolean index, so no wait for the
+    # device.
     spare = torch.where(from_prompt[..., 0], entry, prompt.shape[0]).flatten()
     grad_prompt = torch.zeros(prompt.shape[0] + 1, prompt.shape[1], dtype=dtype, device=prompt.device)
     grad_prompt = grad_prompt.index_add_(0, spare, grad_out.to(dtype).flatten(0, 1))[:-1].mul_(prompt_scale)
@@ -102,8 +103,8 @@ def _slots(
     prompt_length: int,
     left: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What every slot of ``[B, prompt_length + S]`` holds: masks ``[..., 1]`` for "virtual token" and "own token", and the
-    index of each into ``prompt`` and into the row's tokens (in range everywhere, meaningful under its mask)."""
+    """What every slot of ``[B, prompt_length + S]`` holds: masks ``[..., 1]`` for "virtual token" and "own token", and
+    the index of each into ``prompt`` and into the row's tokens (in range everywhere, meaningful under its mask)."""
     device = prompt.device
     zero = torch.zeros(batch, dtype=torch.int64, device=device)
     index = zero if prompt_index is None else prompt_index.to(torch.int64)
@@ -115,7 +116,9 @@ def _slots(
         length = prompt_offsets[1:].to(torch.int64)[index.clamp(min=0)] - first
     length = length.where(index >= 0, 0)
     lead = start + (prompt_length - length if left else 0)  # empty slots before the prompt
-    place = torch.arange(prompt_length + own, device=device) - lead[:, None]  # [B, P + S]: 0 at the first virtual token
+    place = (
+        torch.arange(prompt_length + own, device=device) - lead[:, None]
+    )  # [B, P + S]: 0 at the first virtual token
     token = place - length[:, None] + start[:, None]
     from_prompt = (place >= 0) & (place < length[:, None])
     from_tokens = (place >= length[:, None]) & (token < own)

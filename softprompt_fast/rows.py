@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a batch: where their own tokens lie, and which prompts their cached tokens attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from softprompt_fast.bank import Packed, RowPrompt
+from softprompt_fast.cache import rows_held
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """IndexError naming the id, its place and the vocabulary size where one is out of range (synchronises)."""
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        found = int(input_ids[row, column])
+        raise IndexError(
+            f"input_ids: token id {found} at row {row}, position {column} is outside the vocabulary of {vocab_size}"
+        )
+
+
+def padding_ranges(attention_mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The ranges of ones of a 2-D mask: int32 ``own_start``, ``own_end`` ``[B]``; None where no row is padded there.
+
+    Raises:
+        ValueError: a row has a zero between ones: which position its later tokens have would be a guess.
+    """
+    mask = attention_mask != 0
+    total = mask.shape[1]
+    count = mask.sum(dim=1)
+    if torch.compiler.is_compiling():
+        start = torch.where(count > 0, mask.int().argmax(dim=1), total)
+        return start.int(), (start + count).int()
+    if bool((count == total).all()):
+        return None, None
+    start = torch.where(count > 0, mask.int().argmax(dim=1), total)
+    last = total - mask.flip(1).int().argmax(dim=1)
+    holes = (count > 0) & (last - start != count)
+    if bool(holes.any()):
+        row = int(holes.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has masked positions between its tokens; only padding at its ends is supported"
+        )
+    end = start + count
+    return (
+        start.int() if bool((start > 0).any()) else None,
+        end.int() if bool((end < total).any()) else None,
+    )
+
+
+def right_align(input_ids: Tensor, own_end: Tensor) -> Tensor:
+    """Rotate each row so that its last real token stands in the last column."""
+    length = input_ids.shape[1]
+    column = torch.arange(length, device=input_ids.device)
+    return input_ids.gather(1, (column + own_end.long()[:, None]) % length)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a cache's tokens belong to: per row a prefix and the start of its own tokens. Kept on the cache itself."""
+
+    packed: Packed | None
+    index: Tensor | None
+    own_start: Tensor | None
+    right_padded: bool
+
+    def rows(self, batch: int) -> list[tuple[RowPrompt, int] | None]:
+        """Each row's prompt and the version of it."""
+        if self.packed is None:
+            return [None] * batch
+        known = [*zip(self.packed.prompts, self.packed.versions, strict=True), None]
+        return [known[0]] * batch if self.index is None else [known[place] for place in self.index.tolist()]
+
+
+def claim_rows(
+    cache: Cache,
+    packed: Packed | None,
+    index: Tensor | None,
+    own_start: Tensor | None,
+    own_end: Tensor | None,
+    batch: int,
+    past: int | Tensor,
+) -> Tensor | None:
+    """Note on `cache` which prompt each row attends to and where its tokens start; returns ``own_start``.
+
+    A caller who continues a left-padded cache without repeating its mask gets the start that the cache knows.
+
+    Raises:
+        ValueError: the cached tokens attended to other prompts or to another version of them, began elsewhere, were
+            padded on the right, or are not known.
+    """
+    held = rows_held(cache)
+    if held is not None and held != batch:
+        raise ValueError(f"past_key_values: expected a cache of {batch} rows, as in this batch, found one of {held}")
+    before: Claim | None = getattr(cache, "soft_prompt_claim", None)
+    if before is not None and before.packed is packed and before.index is index and before.own_start is own_start:
+        return own_start
+    now = Claim(packed, index, own_start, own_end is not None)
+    if torch.compiler.is_compiling() or int(past) == 0:
+        cache.soft_prompt_claim = now
+        return own_start
+    if before is None:
+        raise ValueError(
+            "past_key_values: the cache holds tokens that did not come from this model; pass one that it returned"
+        )
+    if before.right_padded:
+        raise ValueError(
+            "past_key_values: its rows were padded on the right, so it can't be continued; pad on the left"
+        )
+    for row, (old, new) in enumerate(zip(before.rows(batch), now.rows(batch), strict=True)):
+        if old == new:
+            continue
+        names = [None if prompt is None else prompt[0] for prompt in (old, new)]
+        if names[0] != names[1]:
+            what = f"prompt {_name(names[0])}, but row {row} now asks for {_name(names[1])}"
+        else:
+            what = f"an earlier version of prompt {_name(names[0])} (row {row}), which changed since"
+        raise ValueError(f"past_key_values: the cached tokens attended to {what}")
+    if own_start is None:
+        own_start = before.own_start
+    elif before.own_start is None or not torch.equal(before.own_start, own_start):
+        raise ValueError("attention_mask: its left padding is not that of the tokens in past_key_values")
+    cache.soft_prompt_claim = Claim(packed, index, own_start, False)
+    return own_start
+
+
+def _name(prompt: RowPrompt | None) -> str:
+    if prompt is None:
+        return "None"
+    return repr(prompt[0]) if prompt[1] is None else f"{prompt[0]!r} (task {prompt[1]})"

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ extension: what it reports, and that the package says why when it is not there."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from softprompt_fast import __version__
+from softprompt_fast.backends import native
+
+ROOT = Path(__file__).parent.parent
+COMPILER = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.which(name)), None)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Each test loads anew; afterwards the real state comes back."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The extension as the sources stand now, built apart from any that is installed."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler on this machine: the extension can't be built")
+    folder = tmp_path_factory.mktemp("native")
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning:" not in done.stderr, done.stderr
+    (binary,) = (path for path in (folder / "softprompt_fast").glob("_C*") if path.suffix in (".so", ".pyd"))
+    spec = importlib.util.spec_from_file_location("softprompt_fast._C", binary)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_info(built: ModuleType):
+    info = built.build_info()
+    assert info["version"] == __version__
+    assert info["torch"] == torch.__version__
+    assert int(info["cxx_standard"]) >= 201703 or "msvc" in info["compiler"]
+    assert str(ROOT) not in repr(info), "a path of the building machine got into the binary"
+
+
+def test_cpu_features_agree_with_the_system(built: ModuleType):
+    features = built.cpu_features()
+    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        assert isinstance(features, dict)
+        return
+    flags = set(
+        next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    )
+    assert features == {name: name in flags for name in features}
+    assert {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"} <= features.keys()
+    # An independent second opinion, which also asks whether the system saves the wide registers.
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert features["avx2"] and features["fma"]
+
+
+def test_has_cpu_feature(built: ModuleType):
+    for name, usable in built.cpu_features().items():
+        assert built.has_cpu_feature(name) is usable
+    with pytest.raises(ValueError, match="unknown CPU feature 'avx1024'"):
+        built.has_cpu_feature("avx1024")
+
+
+def test_status_when_it_is_not_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_NAME", "softprompt_fast._no_such_binary")
+    loaded, reason = native.status()
+    assert not loaded
+    assert "not built" in reason and "SOFTPROMPT_FAST_BUILD=1" in reason
+    assert native.build_info() == {} and native.cpu_features() == {}
+
+
+def test_status_when_the_binary_is_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"damaged_binary{suffix}").write_bytes(b"\x7fELF and then nothing of use")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(native, "_NAME", "damaged_binary")
+    loaded, reason = native.status()
+    assert not loaded
+    assert "does not load here (ImportError" in reason and "reinstall" in reason
+
+
+def test_status_when_the_binary_is_of_another_version(monkeypatch: pytest.MonkeyPatch):
+    old = SimpleNamespace(build_info=lambda: {"version": "0.0.1"}, __spec__=object())
+    monkeypatch.setitem(sys.modules, "old_binary", old)
+    monkeypatch.setattr(native, "_NAME", "old_binary")
+    loaded, reason = native.status()
+    assert not loaded
+    assert reason == f"built for softprompt-fast 0.0.1, found {__version__}; reinstall the package"
+
+
+def test_status_when_it_loads(monkeypatch: pytest.MonkeyPatch, built: ModuleType):
+    monkeypatch.setitem(sys.modules, "softprompt_fast._C", built)
+    assert native.status() == (True, "loaded")
+    assert native.build_info() == built.build_info()
+    assert native.cpu_features() == built.cpu_features()
