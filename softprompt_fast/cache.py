@@ -27,7 +27,8 @@ class GrowingLayer(DynamicLayer):
     # kernel, and positions survive in a layer that drops nothing.
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: int = 0) -> None:
+        self._reserve = max(reserve, _FIRST_CAPACITY)
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._length = 0
@@ -68,12 +69,22 @@ class GrowingLayer(DynamicLayer):
             values = value_states if past_values is None else torch.cat([past_values, value_states], dim=2)
             self.keys, self.values = keys, values
             return keys, values
-        keys = self._keys = _with_room(self._keys, key_states, start, end)
-        values = self._values = _with_room(self._values, value_states, start, end)
+        keys = self._keys = self._with_room(self._keys, key_states, end)
+        values = self._values = self._with_room(self._values, value_states, end)
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self._length = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def _with_room(self, buffer: torch.Tensor | None, new: torch.Tensor, needed: int) -> torch.Tensor:
+        """`buffer` itself if it holds `needed` entries a row, else a doubled one with the used part copied."""
+        if buffer is not None and buffer.shape[2] >= needed and buffer.shape[0] == new.shape[0]:
+            return buffer
+        capacity = max(needed, self._reserve, 2 * self._length)
+        grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+        if buffer is not None and self._length:
+            grown[:, :, : self._length] = buffer[:, :, : self._length]
+        return grown
 
     def get_seq_length(self) -> int:
         return self._length
@@ -97,29 +108,19 @@ class GrowingLayer(DynamicLayer):
                 used.copy_(used.index_select(0, beam_idx.to(used.device)))
 
 
-def _with_room(buffer: torch.Tensor | None, new: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-    """`buffer` itself if it holds `needed` entries a row, else a doubled one with the used part copied."""
-    if buffer is not None and buffer.shape[2] >= needed and buffer.shape[0] == new.shape[0]:
-        return buffer
-    capacity = max(needed, _FIRST_CAPACITY, 2 * used)
-    grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-    if buffer is not None and used:
-        grown[:, :, :used] = buffer[:, :, :used]
-    return grown
-
-
 class OwnTokenCache(Cache):
     """The default cache of :class:`softprompt_fast.SoftPromptModel`: one :class:`GrowingLayer` a layer.
 
     Args:
         num_layers: number of attention layers of the base model.
+        reserve: tokens a row to make room for at once, where the final length is known.
 
     ``row_prompts`` names, per row, the prompt (and the version of it) whose prefix the cached tokens attended to, so
     that a cache handed back with another prompt is refused rather than continued wrongly.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, reserve: int = 0) -> None:
+        super().__init__(layers=[GrowingLayer(reserve) for _ in range(num_layers)])
 
 
 def make_static_cache(num_layers: int, max_cache_len: int) -> Cache:

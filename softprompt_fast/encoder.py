@@ -77,11 +77,12 @@ class EncoderSoftPromptModel(nn.Module):
         self._why_expanded: str | None = None
         # Heads that read the last token (PEFT and transformers call them `score`) need rows that end together.
         self._at_end = hasattr(base, "score")
-        causal = [module.is_causal for module in base.modules() if hasattr(module, "is_causal")]
-        self._causal = any(causal) or not causal
+        # Attention functions go by this attribute; a family without it is not known to be causal.
+        self._causal = any(getattr(module, "is_causal", False) for module in base.modules())
         # Roberta and its kin count positions from padding_idx + 1.
         counting = (m for m in base.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         self._first_position = next((m.padding_idx + 1 for m in counting), 0)
+        self.training = base.training
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class EncoderSoftPromptModel(nn.Module):
         peft_io.check_compatible(prompt, self.base)
         self._check_served(prompt)
         self._view(prompt)  # raises where its modules_to_save don't fit
-        if self._shares(prompt) and (reason := self._install(self.base)) is not None:
+        if self._why_not_shared(prompt) is None and (reason := self._install(self.base)) is not None:
             self._expand_because(reason)
         was_active = self.active_prompt == name
         if name in self._keys:
@@ -185,19 +186,22 @@ class EncoderSoftPromptModel(nn.Module):
 
     def _path(self, prompt: SoftPrompt) -> tuple[str, str, str]:
         """Path, backend and reason of one prompt."""
-        where = self._where(prompt)
-        if prompt.kind == "embedding" and not self._shares(prompt):
-            backend, _ = serving_backend("prompt_concat", self.device.type, self.backend)
-            why = self._why_expanded if self._causal else "own tokens change what virtual tokens compute"
-            return where + "virtual tokens in every row", backend, why or ""
-        if not self._shares(prompt):
-            return where + "expanded prefix", "transformers", self._why_expanded or ""
-        backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
-        return where + "shared prefix", backend, reason
+        where, why = self._where(prompt), self._why_not_shared(prompt)
+        if why is None:
+            return where + "shared prefix", *serving_backend("prefix_attention", self.device.type, self.backend)
+        if prompt.kind == "prefix":
+            return where + "expanded prefix", "transformers", why
+        backend, _ = serving_backend("prompt_concat", self.device.type, self.backend)
+        return where + "virtual tokens in every row", backend, why
 
-    def _shares(self, prompt: SoftPrompt) -> bool:
-        """Whether all rows share one prefix: behind causal attention an embedding prompt becomes one too."""
-        return self._why_expanded is None and (prompt.kind == "prefix" or self._causal)
+    def _why_not_shared(self, prompt: SoftPrompt) -> str | None:
+        """None where all rows share one prefix. Behind causal attention an embedding prompt becomes one as well."""
+        if prompt.kind == "embedding":
+            if not self._causal:
+                return "its attention isn't causal, or not known to be"
+            if hasattr(self.base, "qa_outputs"):
+                return "virtual tokens compete for the span"
+        return self._why_expanded
 
     def _where(self, prompt: SoftPrompt) -> str:
         return ""
@@ -339,7 +343,7 @@ class EncoderSoftPromptModel(nn.Module):
             types = None
 
         prefix = None
-        if prompt is not None and (prompt.kind == "prefix" or self._shares(prompt)):
+        if prompt is not None and (prompt.kind == "prefix" or self._why_not_shared(prompt) is None):
             prefix = self._prefix(base, prompt, inputs["task_ids"], types is not None)
         # Virtual tokens that stand among the hidden states: none where they are a prefix.
         front = 0 if prefix is not None else virtual
@@ -419,9 +423,12 @@ class EncoderSoftPromptModel(nn.Module):
         prefix.windows = {}
         # The own tokens' mask goes along: a layer that misses the prefix then runs without it, and is found out here.
         output = base(**call, **{hooks.KEYWORD: prefix})
-        if set(prefix.windows) == set(range(len(keys))):
+        if set(prefix.windows) != set(range(len(keys))):
+            self._expand_because("its layers don't hand keyword arguments down to the attention function")
+        elif not self._causal and any(prefix.windows.values()):
+            self._expand_because("its sliding window looks both ways")
+        else:
             return output
-        self._expand_because("its layers don't hand keyword arguments down to the attention function")
         return None
 
     def _packed(self, layout: RowLayout, tokens: Tensor) -> Tensor:
@@ -452,8 +459,8 @@ class EncoderSoftPromptModel(nn.Module):
     def _check_cache_is_used(self) -> None:
         if hooks.drops_cache(self.base):
             raise ValueError(
-                f"gradient checkpointing: it drops the cache that holds the prefix of {type(self.base).__name__}, whose "
-                f"rows can't share one ({self._why_expanded}); call gradient_checkpointing_disable() on the base"
+                f"gradient checkpointing: it drops the cache that holds the prefix of {type(self.base).__name__}, "
+                f"whose rows can't share one ({self._why_expanded}); call gradient_checkpointing_disable() on the base"
             )
 
 
@@ -483,9 +490,6 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
         layers = hooks.num_attention_layers(self.base)
         if prompt.kind == "prefix" and prompt.config["num_layers"] != layers:
             raise ValueError(f"num_layers: expected {layers} (decoder layers), found {prompt.config['num_layers']}")
-
-    def _shares(self, prompt: SoftPrompt) -> bool:
-        return self._why_expanded is None and prompt.kind == "prefix"
 
     def _where(self, prompt: SoftPrompt) -> str:
         if prompt.kind == "prefix":

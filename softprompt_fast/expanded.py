@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from softprompt_fast.bank import Packed
+from softprompt_fast.cache import OwnTokenCache
+
+_MOST_RESERVED = 1024
 
 
 def run_prompt(
@@ -177,8 +180,10 @@ def generate(
             given = {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long)}
         else:
             given = {"input_ids": ids, "attention_mask": ids.new_ones(len(members), virtual + own)}
-            if virtual:
-                given["past_key_values"] = expanded_cache(packed, place, len(members) * copies)
+            if packed is not None and virtual:
+                more = own + min(config.max_new_tokens, _MOST_RESERVED)
+                room = OwnTokenCache(len(packed.keys), reserve=virtual + more)
+                given["past_key_values"] = expanded_cache(packed, place, len(members) * copies, room)
         result = base.generate(**given, generation_config=config, **leftover)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if not isinstance(result, Tensor):

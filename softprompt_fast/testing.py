@@ -39,15 +39,17 @@ def guarded(
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Within it every ``torch.empty`` is full of NaN (integers: the largest), so an unwritten result shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # its properties are made at run time, unseen by type checkers
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
 
 
 def assert_within_noise(
@@ -56,9 +58,9 @@ def assert_within_noise(
     """The error of ``actual`` against the float64 ``oracle`` is at most ``factor`` times that of ``baseline``, what
     PyTorch itself computes from the same inputs in the same dtype.
 
-    Held to it are the root mean square of the error and its largest element. Where the allowance is below 1 and 8 units
-    in the last place of the oracle's largest element, that much is allowed: a baseline may be exact by luck, and two
-    correct orders of summation differ by as much in their worst element.
+    Held to it are the root mean square of the error and its largest element. A baseline may be exact by luck, and the
+    worst elements of two correct orders of summation differ by chance, so some units in the last place of the oracle's
+    largest element are always allowed: 1 to the mean; to the largest 16, or 2 in 16 bits, where the sums are float32.
     """
     assert actual.shape == oracle.shape == baseline.shape, (what, actual.shape, oracle.shape, baseline.shape)
     assert actual.dtype == baseline.dtype, (what, actual.dtype, baseline.dtype)
@@ -68,16 +70,22 @@ def assert_within_noise(
         return
     error, noise = ((x.double() - oracle)[~infinite] for x in (actual, baseline))
     ulp = torch.finfo(actual.dtype).eps * oracle[~infinite].abs().max().item()
-    for norm, measure, ulps in (
-        ("rms", lambda x: x.square().mean().sqrt(), 1),
-        ("largest", lambda x: x.abs().max(), 8),
-    ):
+    worst = 16 if actual.element_size() >= 4 else 2
+    for norm, measure, ulps in (("rms", _rms, 1), ("largest", _largest, worst)):
         found, base = measure(error).item(), measure(noise).item()
         limit = max(factor * base, ulps * ulp)
         # Not "found > limit": a NaN has to fail.
         assert found <= limit, (
-            f"{what}: {norm} error {found:.3e}, allowed {limit:.3e} (baseline {base:.3e}, ulp {ulp:.3e})"
+            f"{what}: {norm} error {found:.2e}, limit {limit:.2e} (baseline {base:.2e}, ulp {ulp:.2e})"
         )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().max()
 
 
 @dataclass
@@ -105,7 +113,8 @@ class AttentionInputs:
             name: x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             for name, x in self.options.items()
         }
-        return AttentionInputs(*(x.detach().to(dtype) for x in self.tensors), options)
+        query, key, value, prefix_key, prefix_value = (x.detach().to(dtype) for x in self.tensors)
+        return AttentionInputs(query, key, value, prefix_key, prefix_value, options)
 
     def requires_grad_(self) -> AttentionInputs:
         for x in self.gradient_inputs:
@@ -163,7 +172,7 @@ def attention_inputs(
     **options: Any,
 ) -> AttentionInputs:
     """Random inputs of ``prefix_attention``, laid out as transformers hands them over: views of ``[B, S, H, D]``
-    memory. Lists among the options become int32 tensors, ``sinks=True`` and ``bias=(b, h, s, columns)`` random ones."""
+    memory. Lists among the options become int32 tensors, ``sinks=True`` and ``bias=(b, h, s, columns)`` random."""
     v_dim = head_dim if v_dim is None else v_dim
     made: dict[str, Any] = {}
     for name, value in options.items():

@@ -115,6 +115,7 @@ ENCODERS = [
     Family(transformers.RobertaModel, roberta, "FEATURE_EXTRACTION"),
     Family(transformers.LlamaForSequenceClassification, llama, "SEQ_CLS"),
     Family(transformers.LlamaForTokenClassification, llama, "TOKEN_CLS"),
+    Family(transformers.LlamaForQuestionAnswering, llama, "QUESTION_ANS"),
     Family(transformers.LlamaModel, llama, "FEATURE_EXTRACTION"),
     Family(transformers.GPT2ForSequenceClassification, gpt2, "SEQ_CLS"),
     Family(transformers.GPT2ForTokenClassification, gpt2, "TOKEN_CLS"),

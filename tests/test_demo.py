@@ -170,6 +170,18 @@ def test_task_encodes_reviews():
     assert torch.equal(plain, ids[:, :-1]) and torch.equal(plain_mask, mask[:, :-1])
 
 
+def test_training_reviews_are_clear_short_and_not_held_out():
+    kept = Review("a fine film", 1.0, held_out=False)
+    reviews = [
+        kept,
+        Review("a film", 0.9, held_out=False),
+        Review("a film", -0.9, held_out=False),
+        Review("a fine film", 3.0, held_out=True),
+        Review("so " * 30, -3.0, held_out=False),
+    ]
+    assert sentiment.for_training(reviews) == [kept]
+
+
 def test_training_batches_are_random_by_seed_and_of_one_size():
     def take(seed: int, count: int) -> list[list[Review]]:
         batches = sentiment.training_batches(REVIEWS, rows=4, seed=seed)
@@ -195,7 +207,15 @@ def test_batches_of_one_size_hold_every_review_once():
 @pytest.mark.slow
 def test_demo_runs_from_end_to_end(tmp_path: Path):
     settings = demo_run.Settings(
-        steps=3, rows=4, held_out=16, compared=8, rows_timed=2, own_tokens_timed=12, new_tokens_timed=3, rounds=1
+        longer_prompt=32,
+        steps=3,
+        rows=4,
+        held_out=16,
+        compared=8,
+        rows_timed=2,
+        own_tokens_timed=12,
+        new_tokens_timed=3,
+        rounds=1,
     )
     shown = io.StringIO()
     result = demo_run.run(tmp_path / "out", settings, Console(file=shown, width=120))
@@ -203,11 +223,13 @@ def test_demo_runs_from_end_to_end(tmp_path: Path):
     assert result.losses[-1] < result.losses[0]
     assert (result.agreement.rows, result.agreement.equal) == (8, 8)
     assert result.agreement.max_logit_difference < 1e-3
-    assert [timing.system for timing in result.timings] == [compare.PEFT, compare.EXPANDED, compare.OURS]
-    assert all(timing.same_tokens for timing in result.timings)
-    # 20 virtual tokens, 30 layers, keys and values, 3 heads of 64, four bytes: one copy for us, one a row for them.
-    one_copy = 20 * 30 * 2 * 3 * 64 * 4
-    assert [timing.prefix_bytes for timing in result.timings] == [2 * one_copy, 2 * one_copy, one_copy]
+    systems = (compare.PEFT, compare.EXPANDED, compare.OURS)
+    assert [(t.num_virtual_tokens, t.system) for t in result.timings] == [(p, s) for p in (20, 32) for s in systems]
+    assert all(t.same_tokens and 0 < t.seconds_to_first_token < 3 * 2 / t.tokens_per_second for t in result.timings)
+    # 30 layers, keys and values, 3 heads of 64, four bytes; and, in our one copy, logits over 49152 tokens.
+    a_token, logits = 30 * 2 * 3 * 64 * 4, 49152 * 4
+    kept = [(2 * p * a_token, 2 * p * a_token, p * a_token + logits) for p in (20, 32)]
+    assert [t.prefix_bytes for t in result.timings] == [*kept[0], *kept[1]]
 
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")

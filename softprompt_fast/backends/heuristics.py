@@ -30,6 +30,18 @@ def join_keys(batch: int, keys: int, width: int) -> bool:
     return batch * keys * width <= 1 << 18
 
 
+def copy_prefix(rows: int, virtual_tokens: int) -> bool:
+    """Whether ``generate`` copies the prefix into the row's own cache instead of attending to the shared one.
+
+    Only for a single row: memory must not grow with the batch. On a CPU a decode step of one layer (3 kv heads of 64)
+    then took 14 us instead of 48 at 100 virtual tokens, 229 instead of 397 at 2048, 533 instead of 727 at 4096; beyond
+    that the copy itself, made for every request, is the larger part.
+
+    Example: 1 row, 100 virtual tokens: copied. 2 rows, or 8192 virtual tokens: shared.
+    """
+    return rows == 1 and virtual_tokens <= 4096
+
+
 def score_rows(heads: int, rows: int, keys: int) -> int:
     """How many query rows to score at a time, so that a block of scores stays near 4M elements (16 MB in float32).
 

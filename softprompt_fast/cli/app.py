@@ -51,7 +51,7 @@ def demo(
     ] = Path("softprompt_fast_demo"),
     base: Base = "demo",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out reviews for the accuracies.")] = 256,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out reviews for the accuracies.")] = 384,
     seed: Annotated[int, typer.Option(help="Seed of the prompt's start and of the batches.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,9 +59,11 @@ def agreement(
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds. ``prefix_bytes`` is what the virtual tokens' keys and values take for the batch."""
+    """Medians over the rounds. ``prefix_bytes``: what a system keeps of the prompt while the batch runs. The others
+    keep its keys and values once per row, this package one copy (and the logits of the last virtual token)."""
 
     system: str
+    num_virtual_tokens: int
     seconds_to_first_token: float
     tokens_per_second: float
     prefix_bytes: int
@@ -91,6 +93,7 @@ def expanded_cache(base: PreTrainedModel, prefix: PrefixKV, rows: int) -> Dynami
 def timings(
     model: SoftPromptModel,
     peft_model: PeftModel,
+    prompt: str,
     input_ids: Tensor,
     *,
     new_tokens: int,
@@ -99,19 +102,21 @@ def timings(
 ) -> list[Timing]:
     """Greedy generation for unpadded rows ``input_ids`` ``[B, S]`` by all three systems, in turn, ``rounds`` times.
 
+    ``prompt`` names the prompt in ``model``; in ``peft_model`` it is the active adapter.
+
     One more round goes first and is not counted. Each system runs once in every round, so that a slow moment of the
     machine hits all three.
     """
     rows = input_ids.shape[0]
-    prefix = model.compile_prompt(PROMPT_NAME)
+    prefix = model.compile_prompt(prompt)
     base = peft_model.get_base_model()
     virtual = input_ids.new_zeros(rows, prefix.num_virtual_tokens)  # their place; the cache holds what they compute
     behind_prefix = torch.cat([virtual, input_ids], dim=1)
 
-    def peft(**options: object) -> Tensor:
+    def peft(**options: Any) -> Tensor:
         return peft_model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
 
-    def expanded(**options: object) -> Tensor:
+    def expanded(**options: Any) -> Tensor:
         return base.generate(
             input_ids=behind_prefix,
             attention_mask=torch.ones_like(behind_prefix),
@@ -119,13 +124,12 @@ def timings(
             **options,
         )
 
-    def ours(**options: object) -> Tensor:
-        return model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), prompt=PROMPT_NAME, **options
-        )
+    def ours(**options: Any) -> Tensor:
+        return model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), prompt=prompt, **options)
 
     systems: dict[str, Callable[..., Tensor]] = {PEFT: peft, EXPANDED: expanded, OURS: ours}
-    copies = {PEFT: rows, EXPANDED: rows, OURS: 1}  # PEFT's cache holds the virtual tokens of every row
+    a_copy = sum(tensor.nbytes for tensor in prefix.keys + prefix.values)
+    kept = {PEFT: rows * a_copy, EXPANDED: rows * a_copy, OURS: prefix.nbytes}
     first: dict[str, list[float]] = {name: [] for name in systems}
     total: dict[str, list[float]] = {name: [] for name in systems}
     tokens: dict[str, Tensor] = {}
@@ -150,9 +154,10 @@ def timings(
     return [
         Timing(
             system=name,
+            num_virtual_tokens=prefix.num_virtual_tokens,
             seconds_to_first_token=statistics.median(first[name]),
             tokens_per_second=rows * new_tokens / statistics.median(total[name]),
-            prefix_bytes=prefix.nbytes * copies[name],
+            prefix_bytes=kept[name],
             same_tokens=torch.equal(tokens[name], tokens[PEFT]),
         )
         for name in systems

@@ -24,24 +24,27 @@ def tables(result: Result) -> list[Table]:
     learned.add_row("largest difference of a label's logit", f"{same.max_logit_difference:.1e}")
 
     timed = Table(
+        "virtual tokens",
         "system",
         "to first token",
         "tokens/s",
+        "against PEFT (first token, tokens/s)",
         "prefix memory",
-        "against PEFT",
         "same text",
-        title=f"{result.rows_timed} rows of {result.own_tokens_timed} tokens behind {result.num_virtual_tokens} "
-        f"virtual tokens, {result.new_tokens_timed} new tokens each",
+        title=f"{result.rows_timed} rows of {result.own_tokens_timed} tokens, {result.new_tokens_timed} new ones each",
     )
-    peft = next(timing for timing in result.timings if timing.system == PEFT)
     for t in result.timings:
+        if t.system == PEFT:
+            peft = t
+            timed.add_section()
         timed.add_row(
+            str(t.num_virtual_tokens) if t.system == PEFT else "",
             f"[bold]{t.system}[/bold]" if t.system == OURS else t.system,
             f"{t.seconds_to_first_token * 1e3:.0f} ms",
             f"{t.tokens_per_second:.1f}",
+            f"{peft.seconds_to_first_token / t.seconds_to_first_token:.2f}x, "
+            f"{t.tokens_per_second / peft.tokens_per_second:.2f}x",
             f"{t.prefix_bytes / 1e6:.2f} MB",
-            f"{peft.seconds_to_first_token / t.seconds_to_first_token:.2f}x to first token, "
-            f"{t.tokens_per_second / peft.tokens_per_second:.2f}x tokens/s",
             "yes" if t.same_tokens else "no",
         )
     return [learned, timed]
@@ -53,14 +56,14 @@ def picture(result: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Figure and canvas by hand, not pyplot: no display is needed and no global state is touched.
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1)
-    curve, bars = top.subplots(1, 2, width_ratios=[2, 1])
+    grid = figure.add_gridspec(3, 6)
+    curve, bars = figure.add_subplot(grid[0, :4]), figure.add_subplot(grid[0, 4:])
 
     losses = result.losses
     curve.plot(range(1, len(losses) + 1), losses, color="#b0b0b0", linewidth=1, label="each step")
-    width = min(10, len(losses))
+    width = min(10, max(1, len(losses) // 2))
     means = [sum(losses[i - width : i]) / width for i in range(width, len(losses) + 1)]
     curve.plot(range(width, len(losses) + 1), means, color="#1f77b4", linewidth=2, label=f"mean of {width} steps")
     curve.set(title="Training loss at the label", xlabel="step", ylabel="nats", ylim=(0, None))
@@ -76,16 +79,21 @@ def picture(result: Result, path: Path) -> None:
     bars.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     bars.set(title=f"Accuracy on {result.held_out} held-out reviews", ylim=(0, 1))
 
-    systems = [t.system for t in result.timings]
-    colors = ["#1f77b4" if system == OURS else "#b0b0b0" for system in systems]
-    measures = [
-        ("Time to first token (ms, less is better)", [t.seconds_to_first_token * 1e3 for t in result.timings], "%.0f"),
-        ("Tokens per second (more is better)", [t.tokens_per_second for t in result.timings], "%.1f"),
-        ("Prefix memory (MB, less is better)", [t.prefix_bytes / 1e6 for t in result.timings], "%.2f"),
-    ]
-    for axes, (title, values, number) in zip(bottom.subplots(1, 3), measures, strict=True):
-        axes.bar_label(axes.bar(systems, values, color=colors), fmt=number)
-        axes.set(title=title, ylim=(0, max(values) * 1.15))
+    for row, length in enumerate(dict.fromkeys(t.num_virtual_tokens for t in result.timings), start=1):
+        timings = [t for t in result.timings if t.num_virtual_tokens == length]
+        systems = [t.system.replace(" ", "\n") for t in timings]
+        colors = ["#1f77b4" if t.system == OURS else "#b0b0b0" for t in timings]
+        measures = [
+            ("Time to first token (ms, less is better)", [t.seconds_to_first_token * 1e3 for t in timings], "%.0f"),
+            ("Tokens per second (more is better)", [t.tokens_per_second for t in timings], "%.1f"),
+            ("Prefix memory (MB, less is better)", [t.prefix_bytes / 1e6 for t in timings], "%.1f"),
+        ]
+        for column, (title, values, number) in enumerate(measures):
+            axes = figure.add_subplot(grid[row, 2 * column : 2 * column + 2])
+            axes.bar_label(axes.bar(systems, values, color=colors), fmt=number)
+            axes.set(title=title, ylim=(0, max(values) * 1.15))
+            if column == 0:
+                axes.set_ylabel(f"{length} virtual tokens")
     same = result.agreement
     figure.suptitle(
         f"One soft prompt of {result.num_virtual_tokens} virtual tokens; {same.equal} of {same.rows} held-out "

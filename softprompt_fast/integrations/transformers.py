@@ -224,9 +224,16 @@ def _register(original_name: str) -> str:
     name = _NAME + original_name
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def attention(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
             original = _eager(module) if original_name == "eager" else ALL_ATTENTION_FUNCTIONS[original_name]
-            return soft_prompt_attention(module, *args, **kwargs, original=original)
+            return soft_prompt_attention(module, query, key, value, attention_mask, original, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
         if original_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
@@ -296,12 +303,10 @@ def position_limit(base: PreTrainedModel) -> PositionLimit | None:
     rope = getattr(config, "rope_parameters", None) or {}
     # One set of parameters, or one a layer type.
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        original = parameters.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if parameters.get("rope_type") in ("longrope", "dynamic") and (original or positions):
+        original = parameters.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None) or positions
+        if parameters.get("rope_type") in ("longrope", "dynamic") and original:
             # Past it, every token's rotation depends on the length of the whole sequence, also those computed before.
-            limit = int(original or positions)
-            why = f"rope_type={parameters['rope_type']!r} rotates all earlier tokens anew beyond {limit}"
-            limits.append(PositionLimit(limit, why))
+            why = f"rope_type={parameters['rope_type']!r} rotates all earlier tokens anew beyond {original}"
+            limits.append(PositionLimit(int(original), why))
     return min(limits, key=lambda limit: limit.positions, default=None)

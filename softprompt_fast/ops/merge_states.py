@@ -74,11 +74,10 @@ def _backward_impl(
     lse_a: Tensor,
     out_b: Tensor,
     lse_b: Tensor,
-    out: Tensor,
     lse: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS[backend].backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, out, lse)
+    return BACKENDS[backend].backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, lse)
 
 
 def _backward_fake(
@@ -88,7 +87,6 @@ def _backward_fake(
     lse_a: Tensor,
     out_b: Tensor,
     lse_b: Tensor,
-    out: Tensor,
     lse: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +96,7 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -115,7 +113,7 @@ _forward = define(
 )
 _backward_op = define(
     "merge_states_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
-    "Tensor out, Tensor lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

@@ -26,7 +26,7 @@ def prompt_concat(
     offsets = [0, prompt.shape[0]] if prompt_offsets is None else prompt_offsets.tolist()
     index = [0] * batch if prompt_index is None else prompt_index.tolist()
     start = [0] * batch if own_start is None else own_start.tolist()
-    rows = []
+    pieces = [prompt[:0].to(compute)]  # so that there is something to join without rows too
     for row in range(batch):
         own_tokens = tokens[row, start[row] :]
         embeds = own_tokens if table is None else table[own_tokens]  # [S - start, H]
@@ -34,7 +34,5 @@ def prompt_concat(
         ragged = prompt.new_zeros(prompt_length - len(virtual), width, dtype=compute)
         padding = prompt.new_zeros(start[row], width, dtype=compute)
         joined = [padding, virtual.to(compute) * prompt_scale, embeds.to(compute) * scale]
-        rows.append(torch.cat([ragged, *joined] if left else [*joined, ragged]))
-    if not rows:
-        return prompt.new_zeros(0, prompt_length + own, width, dtype=out_dtype)
-    return torch.stack(rows).to(out_dtype)
+        pieces += [ragged, *joined] if left else [*joined, ragged]
+    return torch.cat(pieces).view(batch, prompt_length + own, width).to(out_dtype)

@@ -23,21 +23,15 @@ def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out_a: Tensor,
-    lse_a: Tensor,
-    out_b: Tensor,
-    lse_b: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With w = exp(lse_x - lse): d out / d out_x = w, d out / d lse_x = w (out_x - out), d lse / d lse_x = w."""
+    """With w_x = exp(lse_x - lse): d out / d out_x = w_x, d lse / d lse_x = w_x, d out / d lse_a = w_a (out_a - out).
+    That is w_a w_b (out_a - out_b), written so because out may be rounded to 16 bits; for lse_b it is the opposite."""
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)
-    grads_out, grads_lse = [], []
-    for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
-        weight = (lse_x - finite).exp_()
-        along = (grad_out * (out_x.to(lse.dtype) - out)).sum(-1)
-        grads_out.append((weight.unsqueeze(-1) * grad_out).to(out_x.dtype))
-        grads_lse.append(weight * (along if grad_lse is None else along + grad_lse))
-    return grads_out[0], grads_lse[0], grads_out[1], grads_lse[1]
+    weight_a, weight_b = (lse_a - finite).exp_(), (lse_b - finite).exp_()
+    along = (grad_out * (out_a.to(lse.dtype) - out_b)).sum(-1) * (weight_a * weight_b)
+    grad_lse_a, grad_lse_b = along, -along
+    if grad_lse is not None:
+        grad_lse_a, grad_lse_b = grad_lse_a + weight_a * grad_lse, grad_lse_b + weight_b * grad_lse
+    grad_a, grad_b = ((weight.unsqueeze(-1) * grad_out).to(out_a.dtype) for weight in (weight_a, weight_b))
+    return grad_a, grad_lse_a, grad_b, grad_lse_b

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from softprompt_fast import ops
+from softprompt_fast.reference.prompt_concat import prompt_concat as reference
+from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
+
+VOCABULARY, WIDTH = 11, 6
+PACKED = {"prompt_offsets": [0, 2, 2, 5], "prompt_index": [2, -1, 0]}
+CASES: dict[str, dict] = {
+    "plain": {},
+    "scaled": {"scale": 2.5, "prompt_scale": 0.5},
+    "left padded": {"own_start": [0, 2, 4]},
+    "left padded, right side": {"own_start": [0, 1, 3], "padding_side": "right"},
+    "packed left": {**PACKED, "own_start": [0, 2, 3]},
+    "packed right": {**PACKED, "padding_side": "right"},
+    "packed scaled": {**PACKED, "scale": 2.5, "prompt_scale": 0.5, "prompt_length": 4},
+    "packed no prompt": {"prompt_offsets": [0, 5], "prompt_index": [-1, -1, -1]},
+    "wide prompt slots": {"prompt_length": 9, "own_start": [0, 0, 1]},
+    "no prompt": {"prompt": 0},
+    "no tokens": {"tokens": 0},
+    "no rows": {"batch": 0},
+    "empty": {"batch": 0, "tokens": 0, "prompt": 0},
+    "one": {"batch": 1, "tokens": 1, "prompt": 1},
+    "odd": {"batch": 2, "tokens": 63, "prompt": 129, "own_start": [0, 17]},
+}
+
+
+def make(
+    name: str, dtype: torch.dtype = torch.float32, ids: bool = True, batch: int = 3, tokens: int = 4, prompt: int = 5
+) -> tuple[list[Tensor | None], dict]:
+    """``[tokens, table, prompt]`` and the keyword arguments."""
+    options = dict(CASES[name])
+    batch, tokens, prompt = (options.pop(k, v) for k, v in (("batch", batch), ("tokens", tokens), ("prompt", prompt)))
+    for key, value in options.items():
+        if isinstance(value, list):
+            options[key] = torch.tensor(value, dtype=torch.int32)
+    table = guarded((VOCABULARY, WIDTH), dtype) if ids else None
+    own = torch.randint(0, VOCABULARY, (batch, tokens)) if ids else guarded((batch, tokens, WIDTH), dtype)
+    return [own, table, guarded((prompt, WIDTH), dtype)], options
+
+
+def run(inputs: list[Tensor | None], options: dict, backend: str = "torch") -> Tensor:
+    return ops.prompt_concat(*inputs, **options, backend=backend)
+
+
+def trained(inputs: list[Tensor | None]) -> list[Tensor]:
+    """The differentiable inputs, marked so."""
+    return [x.requires_grad_() for x in (inputs[2], inputs[0]) if x is not None and x.is_floating_point()]
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", CASES)
+def test_layout(name: str, ids: bool) -> None:
+    """The reference against the contract, slot by slot; and prompt_layout against both."""
+    inputs, options = make(name, torch.float64, ids)
+    tokens, table, prompt = inputs
+    out = run(inputs, options, "reference")
+    batch, own = tokens.shape[:2]
+    offsets = options["prompt_offsets"].tolist() if "prompt_offsets" in options else [0, len(prompt)]
+    index = options["prompt_index"].tolist() if "prompt_index" in options else [0] * batch
+    starts = options["own_start"].tolist() if "own_start" in options else [0] * batch
+    slots = options.get("prompt_length", max(b - a for a, b in pairwise(offsets)))
+    assert out.shape == (batch, slots + own, WIDTH)
+    layout = {k: v for k, v in options.items() if k not in ("scale", "prompt_scale")}
+    mask, positions = ops.prompt_layout(tokens, prompt, **layout)
+    assert mask.shape == positions.shape == out.shape[:2]
+    for b in range(batch):
+        virtual = list(range(offsets[index[b]], offsets[index[b] + 1])) if index[b] >= 0 else []
+        row = [prompt[v] * options.get("prompt_scale", 1.0) for v in virtual]
+        for t in range(starts[b], own):
+            row.append((tokens[b, t] if table is None else table[tokens[b, t]]) * options.get("scale", 1.0))
+        lead = starts[b]
+        if options.get("padding_side", "left") == "left":
+            lead += slots - len(virtual)
+        for t in range(slots + own):
+            inside = lead <= t < lead + len(row)
+            assert torch.equal(out[b, t], row[t - lead] if inside else torch.zeros(WIDTH, dtype=torch.float64))
+            assert mask[b, t] == inside
+            if inside:
+                assert positions[b, t] == t - lead
+            assert positions[b, t] >= 0
+
+
+def test_layout_with_right_padding() -> None:
+    tokens, prompt = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 6)
+    mask, positions = ops.prompt_layout(tokens, prompt, own_end=torch.tensor([4, 1]), padding_side="right")
+    assert mask.tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 0]]
+    assert positions.tolist() == [list(range(7))] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name: str, ids: bool, dtype: torch.dtype) -> None:
+    inputs, options = make(name, dtype, ids)
+    exact = [x.detach().double() if x is not None and x.is_floating_point() else x for x in inputs]
+    plain = [x.detach().clone() if x is not None and x.is_floating_point() else x for x in inputs]
+    of, of_exact, of_plain = trained(inputs), trained(exact), trained(plain)
+    with poisoned_memory():
+        out = run(inputs, options)
+        weights = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+        found = torch.autograd.grad(out, of, weights)
+    want, base = run(exact, options, "reference"), run(plain, options, "reference")
+    assert out.dtype == dtype and out.is_contiguous()
+    results = [("out", out, want, base)]
+    oracle = torch.autograd.grad(want, of_exact, weights.double(), materialize_grads=True)
+    grads = oracle, torch.autograd.grad(base, of_plain, weights, materialize_grads=True)
+    results += [("gradient", x, y, z) for x, y, z in zip(found, *grads, strict=True)]
+    for what, x, y, z in results:
+        if x.numel():
+            assert_within_noise(x, y, z, what)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", ["plain", "scaled", "packed left", "packed right", "left padded, right side"])
+def test_gradcheck(name: str, ids: bool) -> None:
+    inputs, options = make(name, torch.float64, ids)
+    of = [x.detach().clone().requires_grad_() for x in trained(inputs)]
+
+    def call(prompt: Tensor, own: Tensor | None = None) -> Tensor:
+        return run([inputs[0] if own is None else own, inputs[1], prompt], options)
+
+    assert torch.autograd.gradcheck(call, of)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", ["plain", "packed left", "no prompt", "no rows"])
+def test_opcheck(name: str, ids: bool) -> None:
+    inputs, options = make(name, ids=ids)
+    trained(inputs)
+    given = [options.get(k) for k in ("prompt_offsets", "prompt_index", "own_start")]
+    slots = 3 if name == "packed left" else len(inputs[2])
+    args = (*inputs, *given, slots, 2.0, 0.5, torch.float32, True, "torch")
+    torch.library.opcheck(torch.ops.softprompt_fast.prompt_concat.default, args)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+def test_compiles_to_one_graph_and_once(ids: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def call(batch: int, tokens: int) -> None:
+        inputs, _ = make("plain", ids=ids, batch=batch, tokens=tokens)
+        # Dense: of a view, dynamo also guards on the relation to its base.
+        inputs = [None if x is None else x.contiguous() for x in inputs]
+        of, options = trained(inputs), {"scale": 2.0, "own_start": torch.ones(batch, dtype=torch.int32)}
+        out, want = compiled(inputs, options), run(inputs, options)
+        assert torch.equal(out, want)
+        weights = torch.randn_like(out)
+        for x, y in zip(torch.autograd.grad(out, of, weights), torch.autograd.grad(want, of, weights), strict=True):
+            assert torch.equal(x, y)
+
+    call(3, 4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(3, 9)
+        call(5, 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(0, 4),
+    own=st.integers(0, 5),
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    side=st.sampled_from(["left", "right"]),
+    ids=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape(batch: int, own: int, lengths: list[int], side: str, ids: bool, data: st.DataObject) -> None:
+    table = torch.randn(VOCABULARY, WIDTH) if ids else None
+    tokens = torch.randint(0, VOCABULARY, (batch, own)) if ids else torch.randn(batch, own, WIDTH)
+    inputs = [tokens, table, torch.randn(sum(lengths), WIDTH)]
+    options = {
+        "prompt_offsets": torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)]),
+        "prompt_index": torch.tensor([data.draw(st.integers(-1, len(lengths) - 1)) for _ in range(batch)]).long(),
+        "own_start": torch.tensor([data.draw(st.integers(0, own)) for _ in range(batch)]).long(),
+        "padding_side": side,
+    }
+    of = trained(inputs)
+    out, want = run(inputs, options), run(inputs, options, "reference")
+    assert torch.equal(out, want)
+    weights = torch.randn_like(out)
+    grads = [torch.autograd.grad(o, of, weights, materialize_grads=True) for o in (out, want)]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_prompt_a_row() -> None:
+    """[B, P, H], as a multitask prompt gives it."""
+    prompts, tokens, table = (
+        torch.randn(3, 2, WIDTH),
+        torch.randint(0, VOCABULARY, (3, 4)),
+        torch.randn(VOCABULARY, WIDTH),
+    )
+    out = ops.prompt_concat(
+        tokens, table, prompts.flatten(0, 1), prompt_offsets=torch.arange(4) * 2, prompt_index=torch.arange(3)
+    )
+    assert torch.equal(out, torch.cat([prompts, table[tokens]], 1))
+
+
+def test_result_dtype() -> None:
+    """A float32 prompt before a bfloat16 model."""
+    table, prompt = torch.randn(VOCABULARY, WIDTH).bfloat16(), torch.randn(2, WIDTH).requires_grad_()
+    tokens = torch.randint(0, VOCABULARY, (3, 4))
+    out = ops.prompt_concat(tokens, table, prompt)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.cat([prompt.bfloat16().expand(3, -1, -1), table[tokens]], 1))
+    assert torch.autograd.grad(out.sum(), prompt)[0].dtype == torch.float32
+    assert ops.prompt_concat(tokens, table, prompt, out_dtype=torch.float64).dtype == torch.float64
+
+
+def test_many_rows_in_16_bits_sum_in_32() -> None:
+    """1000 gradients of 1: bfloat16 sums would stick at 256."""
+    tokens, table = torch.zeros(1000, 1, dtype=torch.int64), torch.zeros(1, 4).bfloat16()
+    for options in ({}, {"own_start": torch.zeros(1000, dtype=torch.int32)}):
+        prompt = torch.zeros(2, 4).bfloat16().requires_grad_()
+        ops.prompt_concat(tokens, table, prompt, backend="torch", **options).sum().backward()
+        assert prompt.grad.eq(1000).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("bad", [VOCABULARY, -1, 2**40])
+def test_ids_out_of_range(bad: int, backend: str) -> None:
+    inputs, _ = make("plain")
+    inputs[0][1, 2] = bad
+    message = f"tokens: id {bad} in row 1, column 2 is outside the vocabulary of {VOCABULARY} tokens"
+    with pytest.raises(IndexError, match=message):
+        run(inputs, {}, backend)
+    # What is padding is not read, so it may hold anything.
+    out = run(inputs, {"own_start": torch.tensor([0, 3, 0])}, backend)
+    assert out.isfinite().all()
+
+
+IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULARY, WIDTH), torch.zeros(5, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": torch.zeros(1, 5, WIDTH)}, r"prompt: expected floating \[L, H\], found float32 \[1, 5, 6\]"),
+        ({"tokens": IDS.int()}, r"tokens: expected int64 \[B, S\] or floating \[B, S, 6\] on cpu, found int32"),
+        ({"tokens": torch.zeros(3, 4, 7), "table": None}, r"tokens: expected floating \[B, S, 6\], as wide as prompt"),
+        ({"table": None}, "table: expected an embedding table"),
+        ({"tokens": torch.zeros(3, 4, 6)}, "table: expected None"),
+        ({"table": torch.zeros(VOCABULARY, 7)}, r"table: expected floating \[V, 6\], as wide as prompt"),
+        ({"table": TABLE.long()}, "table: expected a floating dtype"),
+        ({"own_start": torch.tensor([0, 5, 0])}, r"own_start: expected values within 0..4, found \[0, 5, 0\]"),
+        ({"prompt_index": torch.tensor([0, 1, 0])}, "prompt_index: expected values within -1..0"),
+        ({"prompt_index": torch.tensor([0])}, r"prompt_index: expected int32 or int64 \[3\]"),
+        ({"prompt_offsets": torch.tensor([0, 6])}, "prompt_offsets: expected rising values within 0..5"),
+        ({"prompt_length": 4}, "prompt_length: expected at least 5, found 4"),
+        ({"prompt_length": 1, "prompt_offsets": torch.tensor([0, 2])}, "prompt_length: expected at least 2"),
+        ({"padding_side": "top"}, "padding_side: expected 'left' or 'right', found 'top'"),
+        ({"out_dtype": torch.int32}, "out_dtype: expected a floating dtype"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_bad_input(change: dict, message: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.prompt_concat(**{"tokens": IDS, "table": TABLE, "prompt": PROMPT, **change}, backend=backend)
+
+
+def test_reference_oracle_is_differentiable_in_the_table() -> None:
+    inputs, options = make("plain", torch.float64)
+    inputs[1].requires_grad_()
+    out = run(inputs, options, "auto")  # no other backend gives this gradient
+    grad = torch.autograd.grad(out.sum(), inputs[1])[0]
+    counts = torch.bincount(inputs[0].flatten(), minlength=VOCABULARY).double()
+    assert torch.equal(grad, counts[:, None].expand(-1, WIDTH))
+    defaults = (None, None, None, 5, 1.0, 1.0, torch.float64, True)
+    assert torch.equal(out, reference(*inputs, *defaults))
