@@ -50,7 +50,7 @@ $(BUILD): $(DEPS) pyproject.toml setup.py softprompt_fast/_version.py $(CSRC)
 install: $(BUILD)
 
 assets: install
-	$(PY) -m softprompt_fast.demo.assets
+	$(PY) -c 'import sys; from softprompt_fast.demo.assets import main; sys.exit(main())'
 
 demo: assets
 	$(PY) -m softprompt_fast.cli demo $(DEMO_ARGS)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from softprompt_fast._version import __version__
 
 if TYPE_CHECKING:
-    from softprompt_fast import nn, ops
+    import softprompt_fast.nn as nn
+    import softprompt_fast.ops as ops
     from softprompt_fast.encoder import EncoderDecoderSoftPromptModel, EncoderSoftPromptModel
     from softprompt_fast.explanation import Explanation, explain
     from softprompt_fast.model import SoftPromptModel

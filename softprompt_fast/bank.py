@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,13 @@ class _Entry:
     parameters: tuple[torch.nn.Parameter, ...] = ()
 
 
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is kept for later calls must not be an inference tensor: those can take part in no training graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class PromptBank:
     """Named prompts over one base model, compiled at first use and shared by every row after.
 
@@ -200,7 +208,8 @@ class PromptBank:
         if isinstance(entry.prompt, SoftPrompt):
             parameters = tuple(entry.prompt.parameters())
             steps = _optimizer_steps if any(p.requires_grad for p in parameters) else 0
-            seen = (steps, *(p._version for p in parameters))
+            # Inference tensors have no counter; nothing but inference mode can write to them.
+            seen = (steps, *(-1 if p.is_inference() else p._version for p in parameters))
             replaced = any(new is not old for new, old in zip(parameters, entry.parameters, strict=False))
             if seen != entry.seen or replaced:
                 with self._lock:
@@ -213,6 +222,8 @@ class PromptBank:
         """The frozen prefix of a prompt, computed at the first call and after every change of the prompt."""
         return self._resolve(name, task)[1]
 
+    # Dynamo can't trace locks and hashes, and what is computed once needs no compiling.
+    @torch.compiler.disable
     def _resolve(self, name: str, task: int | None) -> tuple[int, PrefixKV]:
         """A prompt's version and its prefix, both of the same moment."""
         with self._lock:
@@ -221,9 +232,11 @@ class PromptBank:
                 return version, prompt
             known = self._compiled.get((name, task))
             if known is None or known[0] != version:
-                known = self._compiled[name, task] = (version, self._compile(prompt, task))
+                with _ordinary_tensors():
+                    known = self._compiled[name, task] = (version, self._compile(prompt, task))
             return known
 
+    @torch.compiler.disable
     def packed(self, prompts: Iterable[RowPrompt]) -> Packed:
         """The frozen prefixes of `prompts` packed end to end; the last few packs are kept."""
         prompts = tuple(prompts)
@@ -233,7 +246,8 @@ class PromptBank:
             packed = self._packs.get(key)
             if packed is None:
                 compiled = [Compiled(p.keys, p.values, p.next_logits) for p in prefixes]
-                packed = self._packs[key] = pack(prompts, versions, compiled)
+                with _ordinary_tensors():
+                    packed = self._packs[key] = pack(prompts, versions, compiled)
                 while len(self._packs) > _PACKS_KEPT:
                     self._packs.popitem(last=False)
             self._packs.move_to_end(key)

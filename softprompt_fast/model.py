@@ -29,7 +29,7 @@ from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
-from softprompt_fast.rows import check_token_ids, claim_rows, padding_ranges, right_align
+from softprompt_fast.rows import cached_length, check_token_ids, claim_rows, padding_ranges, right_align
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -42,6 +42,11 @@ class _Default:
 
 
 _ACTIVE = _Default()
+
+_CACHE_IS_DROPPED = (
+    "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
+    "gradient_checkpointing_disable() on the base"
+)
 
 #: What ``prompt=`` takes: a name for the whole batch, one name (or None) per row, None for no prompt.
 PromptArgument = str | Sequence[str | None] | None
@@ -86,6 +91,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         self._bank = PromptBank(self._compile_frozen)
         self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
+        requested(backend)  # raises for a name that is no backend's
         self._limit = hooks.position_limit(base)
         self._why_expanded = probe.why_not_shared(base, backend)
         if self._why_expanded is not None:
@@ -220,7 +226,9 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         return self._bank.prefix(name, self._check_task(name, task))
 
     def invalidate(self) -> None:
-        """Forget every computed prefix. Needed only after weights were changed behind autograd's back (``.data``)."""
+        """Forget every computed prefix. Needed after the base's weights were changed, or a prompt's behind autograd's
+        back (``.data``)."""
+        self.__dict__.pop("_fingerprint", None)
         self._bank.invalidate()
 
     # ---- compiling -----------------------------------------------------------------------------------------------
@@ -269,8 +277,8 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         layers = range(self._num_layers)
         if torch.is_grad_enabled() and embeds.requires_grad and not capture.keys[0].requires_grad:
             raise ValueError(
-                "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the base "
-                "with use_reentrant=False"
+                "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
+                "base with use_reentrant=False"
             )
         return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], out.logits
 
@@ -304,9 +312,11 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         tasks = prompt.config["num_tasks"]
         if task is None:
             raise ValueError(f"task_ids: prompt {name!r} is a multitask prompt; give a task (0..{tasks - 1}) per row")
+        if not isinstance(task, int):
+            raise TypeError(f"task_ids: expected integers, found {task!r}")
         if not 0 <= task < tasks:
             raise ValueError(f"task_ids: prompt {name!r} has tasks 0..{tasks - 1}, found {task}")
-        return int(task)
+        return task
 
     def _row_prompts(self, prompt: Any, task_ids: Any, batch: int) -> list[RowPrompt | None]:
         if isinstance(prompt, _Default):
@@ -443,6 +453,8 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             skip_logits = self.training if return_logits is None else not return_logits
             if skip_logits:
                 logits_to_keep = labelled_columns(split_labels(labels, own_start)[0])
+        if self._why_expanded is not None:
+            self._check_rows_fit(batch, int(past) + length, attention_mask, packed, index)
         run = self._forward_shared if self._why_expanded is None else self._forward_expanded
         out = run(
             input_ids=input_ids,
@@ -495,7 +507,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
     def _own_length(self, cache: Cache | None, packed: Packed | None, index: Tensor | None) -> int | Tensor:
         """Own tokens that each row has in `cache`."""
-        past = 0 if cache is None else cache.get_seq_length()
+        past = cached_length(cache)
         if self._why_expanded is None or packed is None or int(past) == 0:
             return past
         return past - int(packed.lengths_tensor[0 if index is None else index[0].long()])
@@ -528,12 +540,9 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         (batch, length), device = given.shape[:2], given.device
-        if self.training and hooks.drops_cache(self.base):
+        if hooks.drops_cache(self.base):
             if cache is not None:
-                raise ValueError(
-                    "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
-                    "gradient_checkpointing_disable() on the base"
-                )
+                raise ValueError(_CACHE_IS_DROPPED)
             use_cache = False
         if cache is None and use_cache:
             cache = OwnTokenCache(self._num_layers)
@@ -547,8 +556,8 @@ class SoftPromptModel(nn.Module, GenerationMixin):
                 capacity = cache.layers[0].max_cache_len
                 if device.type == "cpu" and not torch.compiler.is_compiling() and int(past) + length > capacity:
                     raise ValueError(
-                        f"past_key_values: a static cache of max_cache_len={capacity} can't hold {int(past)} cached and "
-                        f"{length} new tokens"
+                        f"past_key_values: a static cache of max_cache_len={capacity} can't hold {int(past)} cached "
+                        f"and {length} new tokens"
                     )
                 # The buffer's capacity says nothing about positions: they travel in device tensors.
                 query_start = torch.zeros(batch, dtype=torch.int32, device=device) + past
@@ -595,15 +604,12 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if given is not None:
             positions = virtual + given
         else:
-            own = torch.arange(length, device=self.device) + past
+            own = (torch.arange(length, device=self.device) + past)[None]
+            if own_end is not None:
+                # Right padding may run past the model's positions; nobody sees those queries.
+                own = torch.minimum(own, own_end[:, None] - 1)
             if own_start is not None:
-                own = own - own_start[:, None]
-                if own_end is not None:
-                    # Right padding may run past the model's positions; nobody sees those queries.
-                    own = torch.minimum(own, (own_end - own_start)[:, None] - 1)
-                own = own.clamp(min=0)
-            else:
-                own = own[None]
+                own = (own - own_start[:, None]).clamp(min=0)
             positions = virtual + own
         if not torch.compiler.is_compiling():
             # Off the CPU reading a position waits for the device: only a prefill does, where an overrun would crash.
@@ -611,6 +617,21 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             if self._limit is not None and readable and positions.numel():
                 self._check_positions(int(positions.max()) + 1, max(packed.lengths) if packed is not None else 0)
         return positions
+
+    def _check_rows_fit(
+        self, batch: int, length: int, attention_mask: Tensor | None, packed: Packed | None, index: Tensor | None
+    ) -> None:
+        """Whether all rows fit the model's positions, where a step has no positions at hand or would be late."""
+        if self._limit is None:
+            return
+        own = torch.full((batch,), length, device=self.device)
+        if attention_mask is not None:
+            own = (attention_mask != 0).sum(dim=1)
+        virtual = torch.zeros_like(own)
+        if packed is not None:
+            virtual = virtual + (packed.lengths[0] if index is None else packed.lengths_tensor[index.long()])
+        row = int((own + virtual).argmax())
+        self._check_positions(int(own[row] + virtual[row]), int(virtual[row]))
 
     def _check_positions(self, needed: int, virtual: int) -> None:
         assert self._limit is not None
@@ -767,8 +788,18 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if kwargs.get("assistant_model") is not None:
             raise ValueError("assistant_model: a draft model knows no prompts; use prompt_lookup_num_tokens instead")
         _check_continuation(kwargs.get("past_key_values"), attention_mask, batch, length)
+        if hooks.drops_cache(self.base):
+            raise ValueError(_CACHE_IS_DROPPED)
+        own_start, own_end = (None, None) if attention_mask is None else padding_ranges(attention_mask)
         packed, index = self._select(prompt, task_ids, batch)
-        if self._why_expanded is not None or self._copies_prefix(batch, length, packed, kwargs):
+        self._check_rows_fit(batch, length, attention_mask, packed, index)
+        kwargs["generation_config"] = config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+            raise ValueError("guidance_scale: not supported; what an unconditional row attends to is not defined here")
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("position_ids: generate counts positions itself; pad with an attention_mask instead")
+        own = length if attention_mask is None else int((attention_mask != 0).sum(dim=1).max())
+        if self._why_expanded is not None or self._copies_prefix(batch, own, packed, kwargs):
             return expanded.generate(
                 self.base,
                 input_ids=input_ids,
@@ -784,9 +815,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if length == 0:
             return self._generate_from_prompt(batch, **kwargs)
 
-        own_start = own_end = None
-        if attention_mask is not None:
-            own_start, own_end = padding_ranges(attention_mask)
         shown = None
         if own_end is not None:
             if inputs_embeds is not None or kwargs.get("past_key_values") is not None:
@@ -797,7 +825,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             attention_mask = (torch.arange(length, device=input_ids.device) >= own_start[:, None]).long()
         if own_start is not None:
             kwargs["own_start"] = own_start
-            config = kwargs.get("generation_config") or self.generation_config
             if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
                 raise ValueError("prefill_chunk_size: can't be combined with padded rows, which start in other chunks")
         if attention_mask is None:
@@ -818,9 +845,12 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             return False
         if any(options.get(name) is not None for name in ("past_key_values", "inputs_embeds", "assistant_model")):
             return False
-        config = copy.deepcopy(options.get("generation_config") or self.generation_config)
+        config = copy.deepcopy(options["generation_config"])
         config.update(**options)
         plain = config.use_cache is not False and config.cache_implementation in (None, "dynamic")
+        last = length + config.max_new_tokens if config.max_new_tokens else config.max_length or length + 20
+        if self._limit is not None and max(packed.lengths) + last > self._limit.positions:
+            return False  # the other path says at which position the model ends
         rows = batch * max(config.num_beams or 1, config.num_return_sequences or 1)
         return plain and not config.return_dict_in_generate and heuristics.copy_prefix(rows, max(packed.lengths))
 
@@ -952,7 +982,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
 def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:
     """ValueError where a mask or a cache handed to ``generate`` doesn't fit its ``[batch, length]`` own tokens."""
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = int(cached_length(cache))
     if attention_mask is not None:
         shape, widths = tuple(attention_mask.shape), sorted({length, past + length})
         if attention_mask.dim() != 2 or shape[0] != batch or shape[1] not in widths:

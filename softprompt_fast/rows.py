@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ class Claim:
             return [None] * batch
         known = [*zip(self.packed.prompts, self.packed.versions, strict=True), None]
         return [known[0]] * batch if self.index is None else [known[place] for place in self.index.tolist()]
+
+
+def cached_length(cache: Any) -> int | Tensor:
+    """Tokens that `cache` (None for no cache) holds per row.
+
+    Raises:
+        TypeError: it is no transformers cache.
+    """
+    if cache is None:
+        return 0
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: expected a transformers Cache, found {type(cache).__name__}")
+    return cache.get_seq_length()
 
 
 def claim_rows(

@@ -32,10 +32,13 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> SoftPromptModel:
-    """Prompts "a" and "b" on llama. Tests must not change it."""
-    return make_model()
+@pytest.fixture(scope="module", params=[None, "torch"], ids=["auto", "torch"])
+def model(request: pytest.FixtureRequest) -> SoftPromptModel:
+    """Prompts "a" and "b" on llama. Tests must not change it.
+
+    A single row may copy its prefix where that is faster, unless a backend is asked for: both ways are tested.
+    """
+    return make_model(backend=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def greedy(model: SoftPromptModel, oracle: Oracle, row: Tensor, name: str | None
     return oracle.greedy(row, prompt_of(model, name), new)
 
 
-# ---- greedy ----------------------------------------------------------------------------------------------------------
+# ---- greedy ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,9 +108,7 @@ def test_inputs_embeds(model: SoftPromptModel, oracle: Oracle) -> None:
     found = model.generate(inputs_embeds=embeds, attention_mask=mask, prompt=NAMES, max_new_tokens=NEW)
     assert found.tolist() == expected
     # With the ids beside them they are what comes back, as in transformers.
-    found = model.generate(
-        input_ids=ids, inputs_embeds=embeds, attention_mask=mask, prompt=NAMES, max_new_tokens=NEW
-    )
+    found = model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, prompt=NAMES, max_new_tokens=NEW)
     assert torch.equal(found[:, :7], ids) and found[:, 7:].tolist() == expected
 
 
@@ -134,7 +135,7 @@ def test_training_mode_changes_nothing(oracle: Oracle) -> None:
     assert model.training and model.base.training
 
 
-# ---- no own token ----------------------------------------------------------------------------------------------------
+# ---- no own token ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,6 +165,18 @@ def test_rows_without_own_tokens_among_others(family: str, side: str, cache: str
         assert last[i].argmax().item() == expected[i][0]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_compiled_prefix_knows_what_follows_it(rows: int, model: SoftPromptModel, oracle: Oracle) -> None:
+    frozen = make_model(prompts={})
+    frozen.add_prompt("k", model.compile_prompt("a"))
+    expected = [greedy(model, oracle, EMPTY, "a")] * rows
+    none = torch.zeros(rows, 0, dtype=torch.long)
+    assert frozen.generate(none, max_new_tokens=NEW).tolist() == expected
+    padding = torch.ones(rows, 3, dtype=torch.long)
+    found = frozen.generate(padding, attention_mask=torch.zeros_like(padding), max_new_tokens=NEW)
+    assert found[:, 3:].tolist() == expected
+
+
 def test_beams_and_samples_from_the_prompt_alone(model: SoftPromptModel, oracle: Oracle) -> None:
     found = model.generate(
         torch.zeros(2, 0, dtype=torch.long), prompt=["a", "b"], num_beams=3, num_return_sequences=2, max_new_tokens=NEW
@@ -179,7 +192,7 @@ def test_beams_and_samples_from_the_prompt_alone(model: SoftPromptModel, oracle:
     assert torch.equal(found, oracle.generate(EMPTY, model.get_prompt("a"), **samples))
 
 
-# ---- sampling and beams ----------------------------------------------------------------------------------------------
+# ---- sampling and beams ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,13 +263,15 @@ def test_prompt_lookup_decoding(model: SoftPromptModel, oracle: Oracle) -> None:
     first = model.generate(
         row[None], prompt="a", max_new_tokens=7, prompt_lookup_num_tokens=3, return_dict_in_generate=True
     )
-    found = model.generate(
-        first.sequences, prompt="a", past_key_values=first.past_key_values, max_new_tokens=7
-    )
+    found = model.generate(first.sequences, prompt="a", past_key_values=first.past_key_values, max_new_tokens=7)
     assert found[0, 8:].tolist() == greedy(model, oracle, row, "a", 14)
 
 
-# ---- hooks -----------------------------------------------------------------------------------------------------------
+# ---- hooks ----------------------------------------------------------------------------------------------------------
+
+
+#: A prefix copied for a single row, shared, and expanded.
+MODELS = pytest.mark.parametrize(("family", "backend"), [("llama", None), ("llama", "torch"), ("bloom", None)])
 
 
 class Recorder(BaseStreamer):
@@ -271,9 +286,9 @@ class Recorder(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_a_streamer_sees_every_token(family: str) -> None:
-    model, streamer = make_model(family), Recorder()
+@MODELS
+def test_a_streamer_sees_every_token(family: str, backend: str | None) -> None:
+    model, streamer = make_model(family, backend=backend), Recorder()
     found = model.generate(ROWS[1][None], prompt="a", max_new_tokens=NEW, streamer=streamer)
     assert streamer.ended and streamer.tokens == found[0].tolist()
 
@@ -287,9 +302,9 @@ class Forbid(LogitsProcessor):
         return scores.index_fill(1, torch.tensor([self.token]), -torch.inf)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_a_logits_processor_is_applied(family: str) -> None:
-    model, oracle = make_model(family), Oracle(family)
+@MODELS
+def test_a_logits_processor_is_applied(family: str, backend: str | None) -> None:
+    model, oracle = make_model(family, backend=backend), Oracle(family)
     forbid = Forbid(oracle.greedy(ROWS[1], model.get_prompt("a"), 1)[0])
     options = {"logits_processor": LogitsProcessorList([forbid]), "max_new_tokens": NEW}
     found = model.generate(ROWS[1][None], prompt="a", **options)
@@ -306,9 +321,9 @@ class StopAfter(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_a_stopping_criterion_stops(family: str) -> None:
-    model = make_model(family)
+@MODELS
+def test_a_stopping_criterion_stops(family: str, backend: str | None) -> None:
+    model = make_model(family, backend=backend)
     stop = StoppingCriteriaList([StopAfter(9)])
     assert model.generate(ROWS[1][None], prompt="a", max_new_tokens=NEW, stopping_criteria=stop).shape == (1, 9)
 
@@ -328,6 +343,29 @@ def test_scores_and_hidden_states_are_returned(model: SoftPromptModel, oracle: O
         for ours, theirs in zip(found[name], expected[name], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert [step[-1].shape[1] for step in found.hidden_states] == [7, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_generation_config_is_the_models(family: str, rows: int) -> None:
+    model, ids = make_model(family), ROWS[1].repeat(rows, 1)
+    model.generation_config = GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    assert model.generate(ids, prompt="a").shape == (rows, 10)
+    assert model.generate(ids, prompt="a", generation_config=GenerationConfig(max_new_tokens=2)).shape == (rows, 9)
+    assert model.generate(ids, prompt="a", max_new_tokens=None, max_length=12).shape == (rows, 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processors_of_whole_sequences(family: str) -> None:
+    """A single row and a batch of it take different paths, and see the same tokens."""
+    model = make_model(family)
+    options = {"max_new_tokens": 8, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
+    options["eos_token_id"] = model.generate(ROWS[1][None], prompt="a", max_new_tokens=1)[0, -1].item()
+    alone = model.generate(ROWS[1][None], prompt="a", **options)
+    oracle = Oracle(family)
+    tokens = oracle.greedy(ROWS[1], model.get_prompt("a"), 8)
+    assert alone[0, 7:].tolist() != tokens[: alone.shape[1] - 7]
+    assert torch.equal(model.generate(ROWS[1].repeat(2, 1), prompt="a", **options), alone.repeat(2, 1))
 
 
 def test_repeated_calls_are_equal(model: SoftPromptModel) -> None:

@@ -248,7 +248,7 @@ def load_reviews(say: Say = to_stderr) -> list[Review]:
 
 
 def main() -> int:
-    """Fetch everything: ``python -m softprompt_fast.demo.assets``."""
+    """Fetch everything now, for a machine that will be offline later; the exit code."""
     try:
         to_stderr(f"model: {demo_model_dir()}")
         to_stderr(f"text:  {reviews_file()}")
@@ -256,7 +256,3 @@ def main() -> int:
         to_stderr(f"error: {error}")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_fast import expanded
+from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.bank import Compiled, pack
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.prompt import BaseShape
@@ -45,6 +46,10 @@ def _try(base: PreTrainedModel, run: Callable[[], str | None]) -> str | None:
     try:
         with torch.no_grad():
             return run()
+    except BackendError:
+        # A backend that was asked for by name never falls back.
+        hooks.uninstall(base)
+        raise
     except Exception as error:
         # Whatever an unknown architecture raises here only means that it can't take this path.
         return f"a probe failed: {type(error).__name__}: {error}"

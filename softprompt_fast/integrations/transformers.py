@@ -282,7 +282,7 @@ def num_attention_layers(base: PreTrainedModel) -> int:
 
 
 def drops_cache(base: PreTrainedModel) -> bool:
-    """Whether a forward pass now would ignore `past_key_values`: layers under gradient checkpointing do, in training."""
+    """Whether a forward pass now would ignore `past_key_values`, as checkpointed layers do in training mode."""
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from softprompt_fast.testing import (
     visible,
 )
 
+# ``ops.prefix_attention`` is the function; this is its module.
+ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
+
 PACKED = {"prefix": 9, "prefix_offsets": [0, 4, 4, 9], "prefix_index": [2, -1, 0]}
 CASES: dict[str, dict] = {
     "plain": {},
@@ -34,8 +38,10 @@ CASES: dict[str, dict] = {
     "nothing visible": {"queries": 7, "own_start": [0, 7, 7], "prefix": 0},
     "static cache": {"own": 12, "query_start": [0, 2, 2], "own_start": [0, 2, 0], "own_end": [5, 7, 7]},
     "static cache decode": {"own": 12, "queries": 1, "query_start": [4, 4, 4], "own_end": [5, 5, 5]},
+    "static cache decode ragged": {"own": 12, "queries": 1, "query_start": [1, 4, 11]},
     "bidirectional": {"queries": 7, "causal": False},
     "bidirectional padded": {"queries": 7, "causal": False, "own_start": [0, 2, 0], "own_end": [7, 7, 4]},
+    "bidirectional right padded": {"queries": 7, "causal": False, "own_end": [7, 2, 4]},
     "cross": {"queries": 2, "own": 7, "causal": False},
     "one head": {"q_heads": 1, "kv_heads": 1},
     "multi query": {"q_heads": 3, "kv_heads": 1},
@@ -47,6 +53,9 @@ CASES: dict[str, dict] = {
     "window in prefix": {"sliding_window": 9, "own_start": [0, 1, 2]},
     "window decode": {"queries": 1, "sliding_window": 9, "own_start": [0, 2, 5]},
     "window decode short": {"queries": 1, "sliding_window": 2},
+    "window hides one own key": {"queries": 7, "sliding_window": 6},
+    "window hides one prefix entry": {"sliding_window": 12},
+    "window hides nothing": {"sliding_window": 13},
     "window beyond all": {"sliding_window": 100},
     "softcap": {"softcap": 1.5},
     "softcap prefill": {"softcap": 1.5, "queries": 7},
@@ -64,6 +73,7 @@ CASES: dict[str, dict] = {
     "packed empty": {**PACKED, "prefix_index": [1, 1, -1]},
     "packed first": {"prefix": 9, "prefix_offsets": [2, 6, 9]},
     "packed window bias": {**PACKED, "sliding_window": 5, "bias": (3, 1, 1, 5 + 7)},
+    "packed padded": {**PACKED, "queries": 7, "own_start": [0, 7, 3]},
     "index only": {"prefix_index": [0, -1, 0]},
     "no prefix": {"prefix": 0},
     "no own": {"own": 0, "causal": False},
@@ -210,6 +220,24 @@ def test_float64_equals_the_reference(name: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_as_on_an_accelerator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path without CPU kernels that reads no value of an index tensor, run where it can be checked."""
+    inputs = make(name, torch.float64).requires_grad_()
+    real = inputs.real_queries()
+    want = run(inputs, "reference")
+    module = ops_module.BACKENDS["torch"]
+    monkeypatch.setattr(module.Visibility, "reads_values", False)
+    monkeypatch.setattr(module, "_flash_serves", lambda *args: False)
+    out, lse = run(inputs)
+    assert out.isfinite().all() and not lse.isnan().any()
+    torch.testing.assert_close(out * real, want[0] * real, rtol=1e-12, atol=1e-12)
+    hidden = ~real[..., 0]
+    torch.testing.assert_close(lse.masked_fill(hidden, 0.0), want[1].masked_fill(hidden, 0.0), rtol=1e-12, atol=1e-12)
+    for x, y in zip(gradients(inputs, out, lse, real), gradients(inputs, *want, real), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", [n for n in SOME if n not in ("nothing visible", "prefill left padded")])
 def test_gradcheck(name: str) -> None:
     small = {"batch": 3, "q_heads": 4, "kv_heads": 2, "head_dim": 4, **CASES[name]}
@@ -248,6 +276,19 @@ def test_compiles_to_one_graph(name: str) -> None:
         assert torch.equal(x, y)
 
 
+def test_automatic_choice_compiles() -> None:
+    """Choosing a backend is traced too: the torch backend's node, or all of the reference where bias is trained."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.prefix_attention, fullgraph=True, backend="aot_eager")
+    for name, trained in (("plain", False), ("bias", True)):
+        inputs = make(name)
+        if trained:
+            inputs.options["bias"].requires_grad_()
+        torch.testing.assert_close(
+            compiled(*inputs.tensors, **inputs.options), ops.prefix_attention(*inputs.tensors, **inputs.options)
+        )
+
+
 def test_inductor() -> None:
     torch._dynamo.reset()
     inputs = make("decode left padded")
@@ -283,16 +324,19 @@ def test_any_strides(order: tuple[int, ...]) -> None:
     torch.testing.assert_close(out, run(inputs)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_expanded_inputs() -> None:
-    """Strides of zero, as of a key shared by all rows or the gradient of a sum."""
-    inputs = attention_inputs(dtype=torch.float64, queries=1)
-    tensors = [x[:1].expand(3, -1, -1, -1) for x in inputs.tensors[:3]] + [*inputs.tensors[3:]]
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_expanded_inputs(queries: int, dim: int) -> None:
+    """Strides of zero: one row, head or position that stands for all; and so in the gradient that comes in."""
+    inputs = attention_inputs(dtype=torch.float64, queries=queries)
+    tensors = [x.narrow(dim, 0, 1).expand(x.shape) for x in inputs.tensors[:3]] + [*inputs.tensors[3:]]
     dense = [x.contiguous().requires_grad_() for x in tensors]
     out = ops.prefix_attention(*tensors, backend="torch")
     want = ops.prefix_attention(*dense, backend="reference")
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(ops.prefix_attention(*dense, backend="torch").sum(), dense)
-    for x, y in zip(found, torch.autograd.grad(want.sum(), dense), strict=True):
+    grad = torch.randn(out.shape, dtype=torch.float64).narrow(dim, 0, 1).expand(out.shape)
+    found = torch.autograd.grad(ops.prefix_attention(*dense, backend="torch"), dense, grad)
+    for x, y in zip(found, torch.autograd.grad(want, dense, grad), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 

@@ -285,8 +285,8 @@ def test_other_gradients_come_from_the_reference(what: str) -> None:
     reason = {"weight": "weights", "bias": "biases"}.get(what, what)
     with pytest.raises(BackendError, match=f"gives no gradient for {reason}"):
         run(call, "torch")
-    (grad,) = gradients(run(call, "auto"), [call[what]])
-    (want,) = gradients(run(call, "reference"), [call[what]])
+    (grad,) = gradients(run(call, "auto")[:1], [call[what]])
+    (want,) = gradients(run(call, "reference")[:1], [call[what]])
     assert torch.equal(grad, want) and grad.abs().sum() > 0
 
 

@@ -53,6 +53,10 @@ class Visibility:
     window: int | None
     bias: Tensor | None
 
+    @property
+    def reads_values(self) -> bool:
+        return self.device.type == "cpu"
+
     def parts(self) -> list[Part]:
         """At most one part of own keys, first, then the prefixes'."""
         return self._own_parts() + self._prefix_parts()
@@ -60,7 +64,7 @@ class Visibility:
     def _own_parts(self) -> list[Part]:
         if self.own == 0:
             return []
-        if self.device.type != "cpu":
+        if not self.reads_values:
             masked = self.causal or self.own_start is not None or self.own_end is not None
             return [self._own_part(0, self.own, masked)]
         starts = [0] if self.own_start is None else self.own_start.tolist()
@@ -107,7 +111,7 @@ class Visibility:
             return []
         if self.prefix_offsets is None and self.prefix_index is None:
             return self._prefix_part(0, self.packed, None)
-        if self.device.type != "cpu":
+        if not self.reads_values:
             return [self._pack_part()]
         offsets = [0, self.packed] if self.prefix_offsets is None else self.prefix_offsets.tolist()
         if self.prefix_index is None:
@@ -129,7 +133,7 @@ class Visibility:
             if rows is not None and absolute.shape[0] > 1:
                 absolute = absolute[rows]
             masked = True
-            if self.device.type == "cpu":
+            if self.reads_values:
                 first, last = (int(x) for x in absolute.aminmax())
                 skipped = min(max(first - self.window + 1, 0), length)
                 masked = last - skipped >= self.window
@@ -146,18 +150,16 @@ class Visibility:
 
     def _pack_part(self) -> Part:
         """Every row against the whole pack, other rows' prefixes hidden: more arithmetic, but no value is read."""
-        offsets = (
-            torch.tensor([0, self.packed], device=self.device) if self.prefix_offsets is None else self.prefix_offsets
-        )
-        index = (
-            torch.zeros(1, dtype=torch.int64, device=self.device) if self.prefix_index is None else self.prefix_index
-        )
+        # Made on the device: a copy from the host would break the capture of a CUDA graph.
+        offsets, index = self.prefix_offsets, self.prefix_index
+        if offsets is None:
+            offsets = torch.arange(0, self.packed + 1, self.packed, device=self.device)
+        if index is None:
+            index = torch.zeros(1, dtype=torch.int64, device=self.device)
         used = index.clamp(min=0)
         first = offsets[:-1][used][:, None]
         length = (offsets[1:] - offsets[:-1])[used].where(index >= 0, 0)[:, None]  # [B or 1, 1]
-        entry = (
-            torch.arange(self.packed, device=self.device) - first
-        )  # [B or 1, L]: an entry's place in the row's prefix
+        entry = torch.arange(self.packed, device=self.device) - first  # [B or 1, L], counted in the row's prefix
         hidden = ((entry < 0) | (entry >= length))[:, None]
         if self.window is not None:
             hidden = hidden | (self._absolute(length)[..., None] - entry[:, None] >= self.window)

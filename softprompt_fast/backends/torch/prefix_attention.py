@@ -183,12 +183,10 @@ def backward(
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     # 16-bit inputs are computed in float32: scores rounded to 16 bits would double the error of the result, and CPUs
-    # without 16-bit units are a hundred times slower in them. BLAS wants the last
-    # dimension dense and no stride of zero; anything else is taken as it comes.
+    # without 16-bit units are a hundred times slower in them. The CPU kernel takes the last dimension to be dense.
     if x.dtype != dtype:
         x = x.to(dtype)
-    strides = x.stride()
-    return x.contiguous() if strides[-1] != 1 or 0 in strides else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _keys(

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile of the whole model: equal results, and no recompilation for new lengths.
+
+The kernels' own full-graph tests are with the ops. Most tests here use the "eager" backend: what may go wrong in the
+model is the tracing, not the code that inductor writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import assert_same_logits, make_base, make_model, make_prompt, make_rows, pad_rows, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from softprompt_fast import SoftPromptModel
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_new_lengths_do_not_recompile() -> None:
+    model = make_model()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    frames = []
+    for lengths, side in (([4, 7], "left"), ([9, 5], "left"), ([3, 12], "right"), ([1, 20], "left")):
+        ids, mask = pad_rows(make_rows(lengths), side)
+        for names in (["a", "b"], ["b", "a"]):
+            found = compiled(ids, attention_mask=mask, prompt=names, use_cache=False).logits
+            expected = model(ids, attention_mask=mask, prompt=names, use_cache=False).logits
+            assert_same_logits(found[mask.bool()], expected[mask.bool()])
+        frames.append(counter.frame_count)
+    assert frames[0] > 0 and frames == [frames[0]] * 4
+
+
+@torch.no_grad()
+def test_a_prompt_a_row_and_none() -> None:
+    model = make_model("gemma2")
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    ids, mask = pad_rows(make_rows([4, 7, 1]), "left")
+    for prompt in (["a", None, "b"], "a", None):
+        found = compiled(ids, attention_mask=mask, prompt=prompt, use_cache=False).logits
+        expected = model(ids, attention_mask=mask, prompt=prompt, use_cache=False).logits
+        assert_same_logits(found[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
+def test_decode_steps_with_a_cache() -> None:
+    model = make_model()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    ids, mask = pad_rows(make_rows([4, 7]), "left")
+    names = ["a", "b"]
+    ours = compiled(ids, attention_mask=mask, prompt=names, use_cache=True).past_key_values
+    theirs = model(ids, attention_mask=mask, prompt=names, use_cache=True).past_key_values
+    frames = []
+    for step in range(6):
+        new = torch.tensor([[step + 2], [step + 3]])
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        kwargs = {"attention_mask": mask, "prompt": names}
+        found = compiled(new, past_key_values=ours, **kwargs).logits
+        assert_same_logits(found, model(new, past_key_values=theirs, **kwargs).logits)
+        frames.append(counter.frame_count)
+    assert frames[2:] == [frames[2]] * 4  # the second step shows dynamo which sizes change
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_with_a_compiled_forward(cache: str) -> None:
+    model = make_model()
+    ids, mask = pad_rows(make_rows([4, 7]), "left")
+    options = {"attention_mask": mask, "prompt": ["a", None], "max_new_tokens": 6, "cache_implementation": cache}
+    expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_training() -> None:
+    base = make_base()
+    model, prompt = SoftPromptModel(base), make_prompt(base)
+    model.add_prompt("t", prompt)
+    model.train()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    ids = make_rows([5])[0][None]
+    losses, gradients = [], []
+    for each in (model, compiled):
+        loss = each(ids, labels=ids).loss
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, prompt.embedding.weight)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert relative_error(gradients[1], gradients[0]) <= 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor() -> None:
+    model = make_model()
+    compiled = torch.compile(model, dynamic=False)
+    ids = make_rows([5])[0][None]
+    try:
+        found = compiled(ids, prompt="b", use_cache=False).logits
+    except torch._inductor.exc.InductorError as error:
+        if "InvalidCxxCompiler" in str(error):
+            pytest.skip("inductor needs a C++ compiler, and there is none")
+        raise
+    assert_same_logits(found, model(ids, prompt="b", use_cache=False).logits)
+
+
+def test_the_expanded_path() -> None:
+    model = make_model("bloom")
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    ids, mask = pad_rows(make_rows([4, 7]), "right")
+    with torch.no_grad():
+        found = compiled(ids, attention_mask=mask, prompt=["a", "b"]).logits
+        expected = model(ids, attention_mask=mask, prompt=["a", "b"]).logits
+    assert_same_logits(found[mask.bool()], expected[mask.bool()])

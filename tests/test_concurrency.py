@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model used by several threads at once gives each of them what it gives alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from models import Oracle, assert_same_logits, make_base, make_model, make_prompt, make_rows, pad_rows
+
+from softprompt_fast import SoftPromptModel
+
+THREADS = 8
+ROWS = make_rows([3 + i for i in range(THREADS)])
+NEW = 8
+
+
+def together(work: Callable[[int], Any], indices: Sequence[int] = range(THREADS)) -> list[Any]:
+    """``work(i)`` for all `indices`, started at once, each in a thread; the first exception is raised here."""
+    start = threading.Barrier(len(indices))
+    results: dict[int, Any] = {}
+    errors: list[BaseException] = []
+
+    def run(i: int) -> None:
+        start.wait()
+        try:
+            results[i] = work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in indices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[i] for i in indices]
+
+
+def model_of_many(family: str, backend: str | None = None) -> SoftPromptModel:
+    """A prompt of its own length for every thread, none compiled yet."""
+    base = make_base(family)
+    prompts = {f"p{i}": make_prompt(base, length=3 + i, seed=50 + i) for i in range(THREADS)}
+    return make_model(family, prompts, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("llama", None), ("llama", "torch"), ("gemma2", "torch"), ("bloom", None)]
+)
+def test_threads_generate_behind_prompts_of_their_own(family: str, backend: str | None) -> None:
+    model, oracle = model_of_many(family, backend), Oracle(family)
+    expected = [oracle.greedy(row, model.get_prompt(f"p{i}"), NEW) for i, row in enumerate(ROWS)]
+
+    def work(i: int) -> list[list[int]]:
+        calls = [model.generate(ROWS[i][None], prompt=f"p{i}", max_new_tokens=NEW) for _ in range(4)]
+        return [call[0, len(ROWS[i]) :].tolist() for call in calls]
+
+    for found, tokens in zip(together(work), expected, strict=True):
+        assert found == [tokens] * 4
+
+
+def test_threads_with_batches_of_mixed_prompts() -> None:
+    model, oracle = model_of_many("llama"), Oracle()
+    rows = ROWS[:3]
+    batch = [pad_rows(rows, "left"), pad_rows(rows, "right")]
+    names = [[f"p{(i + k) % THREADS}" if k else None for k in range(3)] for i in range(THREADS)]
+
+    def work(i: int) -> list[list[int]]:
+        ids, mask = batch[i % 2]
+        found = model.generate(ids, attention_mask=mask, prompt=names[i], max_new_tokens=NEW)
+        return found[:, ids.shape[1] :].tolist()
+
+    for i, found in enumerate(together(work)):
+        for row, name, tokens in zip(rows, names[i], found, strict=True):
+            assert tokens == oracle.greedy(row, None if name is None else model.get_prompt(name), NEW)
+
+
+def test_a_thread_trains_while_others_generate() -> None:
+    model, oracle = model_of_many("llama"), Oracle()
+    prompt = make_prompt(model.base, seed=99)
+    model.add_prompt("training", prompt)
+    expected = [oracle.greedy(row, model.get_prompt(f"p{i}"), NEW) for i, row in enumerate(ROWS)]
+    alone = make_prompt(model.base, seed=99)
+    plain = make_model(prompts={})
+    plain.add_prompt("training", alone)
+
+    def train(model: SoftPromptModel, weights: torch.nn.Parameter) -> None:
+        optimizer = torch.optim.AdamW([weights], lr=0.1)
+        for row in ROWS[:6]:
+            optimizer.zero_grad()
+            model(row[None], labels=row[None], prompt="training").loss.backward()
+            optimizer.step()
+
+    def work(i: int) -> list[int] | None:
+        if i == 0:
+            return train(model, prompt.embedding.weight)
+        return model.generate(ROWS[i][None], prompt=f"p{i}", max_new_tokens=NEW)[0, len(ROWS[i]) :].tolist()
+
+    found = together(work)
+    assert found[1:] == expected[1:]
+    train(plain, alone.embedding.weight)
+    torch.testing.assert_close(prompt.embedding.weight, alone.embedding.weight)
+
+
+def test_threads_differentiate_one_prompt() -> None:
+    """Backward passes of several threads add to one gradient; what must hold is that each had its own forward."""
+    model = make_model(prompts={})
+    prompt = make_prompt(model.base)
+    model.add_prompt("t", prompt)
+
+    def loss_and_gradient(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model(ROWS[i][None], labels=ROWS[i][None]).loss
+        return loss.detach(), torch.autograd.grad(loss, prompt.embedding.weight)[0]
+
+    expected = [loss_and_gradient(i) for i in range(THREADS)]
+    for found, alone in zip(together(loss_and_gradient), expected, strict=True):
+        torch.testing.assert_close(found, alone)
+
+
+def test_prompts_come_and_go_while_others_generate() -> None:
+    model, oracle = make_model(), Oracle()
+    expected = {name: oracle.greedy(ROWS[4], model.get_prompt(name), NEW) for name in ("a", "b")}
+    visitors = [make_prompt(model.base, length=2 + i, seed=70 + i).requires_grad_(False) for i in range(3)]
+    visiting = [oracle.greedy(ROWS[4], prompt, NEW) for prompt in visitors]
+
+    def work(i: int) -> None:
+        if i < 2:
+            for turn in range(6):
+                k = turn % 3
+                model.add_prompt(f"visitor {i}", visitors[k], replace=turn % 2 == 1)
+                found = model.generate(ROWS[4][None], prompt=f"visitor {i}", max_new_tokens=NEW)
+                assert found[0, 7:].tolist() == visiting[k]
+                if turn % 2 == 1:
+                    model.remove_prompt(f"visitor {i}")
+        else:
+            ids = ROWS[4].expand(2, -1)
+            for _ in range(6):
+                found = model.generate(ids, prompt=["a", "b"], max_new_tokens=NEW)
+                assert found[:, 7:].tolist() == [expected["a"], expected["b"]]
+
+    together(work, range(5))
+    assert model.prompt_names == ["a", "b"] and len(model.prompts) == 2
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a"], ["a", "b", None]], ids=str)
+def test_inference_mode_leaves_nothing_that_training_can_not_use(prompt: str | list[str | None]) -> None:
+    """Prefixes are kept; computed under inference_mode, they must not be inference tensors."""
+    model = make_model()
+    rows = len(prompt) if isinstance(prompt, list) else 1
+    ids = ROWS[1].expand(rows, -1)
+    with torch.inference_mode():
+        found = model(ids, prompt=prompt).logits
+        model.generate(ids, prompt=prompt, max_new_tokens=2)
+    embeds = model.get_input_embeddings()(ids).requires_grad_()
+    out = model(inputs_embeds=embeds, labels=ids, prompt=prompt)
+    out.loss.backward()
+    assert embeds.grad.any()
+    assert_same_logits(out.logits.detach(), found.clone())
+
+
+def test_a_prompt_loaded_in_inference_mode_serves() -> None:
+    model = make_model()
+    with torch.inference_mode():
+        model.add_prompt("c", make_prompt(model.base, seed=1))
+        found = model(ROWS[1][None], prompt="c").logits
+    assert_same_logits(found.clone(), model(ROWS[1][None], prompt="a").logits)
