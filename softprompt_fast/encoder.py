@@ -16,7 +16,6 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -32,15 +31,13 @@ from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.losses import IGNORE
 from softprompt_fast.ops import prompt_concat
 from softprompt_fast.prompt import SoftPrompt
+from softprompt_fast.prompted import PromptArgument, PromptedModel
 from softprompt_fast.row_layout import RowLayout
 
 logger = logging.getLogger("softprompt_fast")
 
-#: What ``prompt=`` takes: a name for the batch, one name or None per row, None for no prompt, ... for the active one.
-PromptArgument = str | Sequence[str | None] | None | EllipsisType
 
-
-class EncoderSoftPromptModel(nn.Module):
+class EncoderSoftPromptModel(PromptedModel):
     """A frozen encoder (bert, roberta, ...), or a task head over a causal backbone, with named soft prompts.
 
     Args:
@@ -48,6 +45,7 @@ class EncoderSoftPromptModel(nn.Module):
             ``...ForQuestionAnswering``, or a bare backbone (FEATURE_EXTRACTION). Used as it is, not copied; where rows
             share a prefix, its attention implementation is replaced by one that computes the same without a prompt.
         backend: force one backend of the ops; None picks automatically.
+        freeze_base: turn the base's gradients off, as PEFT does; a prompt's own head trains on a copy.
 
     Results equal PEFT's on each row alone and unpadded, with outputs for own tokens only: ``logits`` of a token
     classifier are ``[B, S, num_labels]`` and ``last_hidden_state`` is ``[B, S, H]`` (zeros at padding), where PEFT
@@ -60,20 +58,14 @@ class EncoderSoftPromptModel(nn.Module):
 
     _is_encoder_decoder = False
 
-    def __init__(self, base: PreTrainedModel, *, backend: str | None = None) -> None:
-        super().__init__()
+    def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
         if not isinstance(base, PreTrainedModel):
             raise TypeError(f"base: expected a transformers model, found {type(base).__name__}")
         if bool(base.config.is_encoder_decoder) != self._is_encoder_decoder:
             wanted = "an encoder-decoder" if self._is_encoder_decoder else "no encoder-decoder"
             raise TypeError(f"base: expected {wanted}, found {type(base).__name__}")
-        self.base = base
-        self.config = base.config
-        self.backend = backend
-        self.prompts = nn.ModuleDict()
+        super().__init__(base, backend=backend, freeze_base=freeze_base)
         self.heads = nn.ModuleDict()  # trainable modules_to_save of each prompt
-        self.active_prompt: str | None = None
-        self._keys: dict[str, str] = {}
         self._why_expanded: str | None = None
         # Heads that read the last token (PEFT and transformers call them `score`) need rows that end together.
         self._at_end = hasattr(base, "score")
@@ -82,7 +74,6 @@ class EncoderSoftPromptModel(nn.Module):
         # Roberta and its kin count positions from padding_idx + 1.
         counting = (m for m in base.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         self._first_position = next((m.padding_idx + 1 for m in counting), 0)
-        self.training = base.training
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -136,11 +127,7 @@ class EncoderSoftPromptModel(nn.Module):
         was_active = self.active_prompt == name
         if name in self._keys:
             self.remove_prompt(name)
-        key = "prompt_" + name.replace(".", "_dot_")  # a ModuleDict key holds no dot
-        while key in self.prompts:
-            key += "_"
-        self._keys[name] = key
-        self.prompts[key] = prompt.to(self.base.device)
+        key = self._register_prompt(name, prompt.to(self.base.device))
         self.heads[key] = nn.ParameterList(
             head for head in prompt.modules_to_save.values() if isinstance(head, nn.Parameter) and head.requires_grad
         )
@@ -155,12 +142,6 @@ class EncoderSoftPromptModel(nn.Module):
         if self.active_prompt == name:
             self.active_prompt = None
 
-    def set_prompt(self, name: str | None) -> None:
-        """Make `name` the prompt of calls that name none (None: no prompt)."""
-        if name is not None:
-            self.get_prompt(name)
-        self.active_prompt = name
-
     @property
     def prompt_names(self) -> list[str]:
         return list(self._keys)
@@ -171,10 +152,6 @@ class EncoderSoftPromptModel(nn.Module):
             known = ", ".join(map(repr, self._keys)) or "none is loaded"
             raise KeyError(f"prompt: unknown prompt {name!r}; known prompts: {known}")
         return self.prompts[self._keys[name]]  # type: ignore[return-value]
-
-    def save_prompt(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Write prompt `name` as an adapter directory that PEFT loads back with equal outputs."""
-        peft_io.save_adapter(self.get_prompt(name), directory, base_model_name_or_path=self.base.name_or_path or None)
 
     def explain(self) -> Explanation:
         """The path of every layer, for the kinds of prompt that are loaded."""
@@ -227,27 +204,11 @@ class EncoderSoftPromptModel(nn.Module):
     def _view(self, prompt: SoftPrompt | None) -> PreTrainedModel:
         return with_tensors(self.base, {} if prompt is None else prompt.modules_to_save)
 
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
     # ---- which prompt for which row ------------------------------------------------------------------------------
 
     def _groups(self, prompt: Any, batch: int) -> Iterator[tuple[str | None, Tensor | None]]:
         """Each distinct prompt with the rows that use it (None: all rows)."""
-        if prompt is ...:
-            prompt = self.active_prompt
-        if prompt is None or isinstance(prompt, str):
-            names: list[str | None] = [prompt] * batch
-        elif isinstance(prompt, Sequence) and all(n is None or isinstance(n, str) for n in prompt):
-            names = list(prompt)
-            if len(names) != batch:
-                raise ValueError(f"prompt: expected one name per row ({batch} rows), found a list of {len(names)}")
-        else:
-            raise TypeError(f"prompt: expected a name, a list of names or None, found {type(prompt).__name__}")
-        for name in dict.fromkeys(names):
-            if name is not None:
-                self.get_prompt(name)
+        names = self._row_names(prompt, batch)
         # transformers pools the last token of a batch only where the config names a pad token.
         alone = self._at_end and batch > 1 and self.config.get_text_config().pad_token_id is None
         keys = list(enumerate(names)) if alone else names
@@ -477,8 +438,8 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
 
     _is_encoder_decoder = True
 
-    def __init__(self, base: PreTrainedModel, *, backend: str | None = None) -> None:
-        super().__init__(base, backend=backend)
+    def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
+        super().__init__(base, backend=backend, freeze_base=freeze_base)
         self._at_end = self._causal = False  # of the encoder
         self.generation_config = getattr(base, "generation_config", None)
 

@@ -147,8 +147,11 @@ def generate(
     if config.max_new_tokens is None:
         config.max_new_tokens = max(1, (config.max_length or length + 20) - length)
     config.max_length = None
-    # The prefix already sits in a dynamic cache; a static one asked for would only change speed, not results.
+    # The prefix already sits in a dynamic cache. These would only change speed and memory, not results, and not every
+    # transformers gets the last two right behind a cache that already holds tokens.
     config.cache_implementation = None
+    config.prefill_chunk_size = None
+    config.prompt_lookup_num_tokens = None
     config.use_cache = True
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     returned = config.num_return_sequences or 1

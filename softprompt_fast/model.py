@@ -29,36 +29,27 @@ from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
+from softprompt_fast.prompted import PromptedModel
 from softprompt_fast.rows import cached_length, check_token_ids, claim_rows, padding_ranges, right_align
 
 logger = logging.getLogger("softprompt_fast")
 
-
-class _Default:
-    """Type of the value of ``prompt=`` when the caller gave none: the model's active prompt."""
-
-    def __repr__(self) -> str:
-        return "<the active prompt>"
-
-
-_ACTIVE = _Default()
 
 _CACHE_IS_DROPPED = (
     "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
     "gradient_checkpointing_disable() on the base"
 )
 
-#: What ``prompt=`` takes: a name for the whole batch, one name (or None) per row, None for no prompt.
-PromptArgument = str | Sequence[str | None] | None
 
-
-class SoftPromptModel(nn.Module, GenerationMixin):
+class SoftPromptModel(PromptedModel, GenerationMixin):
     """A frozen causal language model with soft prompts, each computed once and shared by every row.
 
     Args:
         base: a transformers causal LM (``...ForCausalLM``). Its weights are used as they are and not copied. Its
             attention implementation is replaced by one that computes the same without a prompt.
         backend: force one backend of the ops ("reference", "torch", ...); None picks automatically.
+        freeze_base: turn the base's gradients off, as PEFT does; False leaves them, and :meth:`invalidate` has to be
+            called when its weights have changed.
 
     Results equal PEFT's on each row alone and unpadded, whatever the padding and the neighbours. Logits are
     ``[B, S, V]``: one per own token. A prompt that requires grad is differentiated whenever grad is enabled (its
@@ -74,25 +65,20 @@ class SoftPromptModel(nn.Module, GenerationMixin):
     _is_stateful = False
     _supports_cache_class = True
 
-    def __init__(self, base: PreTrainedModel, *, backend: str | None = None) -> None:
-        super().__init__()
+    def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
         if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
             raise TypeError(f"base: expected a transformers causal LM, found {type(base).__name__}")
         if base.config.is_encoder_decoder:
             raise TypeError(f"base: {type(base).__name__} is an encoder-decoder; use EncoderDecoderSoftPromptModel")
-        self.base = base
-        self.config = base.config
+        super().__init__(base, backend=backend, freeze_base=freeze_base)
         self.generation_config = base.generation_config
-        self.prompts = nn.ModuleDict()
-        self.backend = backend
-        self.training = base.training
-        self.active_prompt: str | None = None
-        self._keys: dict[str, str] = {}
         self._bank = PromptBank(self._compile_frozen)
         self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
         requested(backend)  # raises for a name that is no backend's
         self._limit = hooks.position_limit(base)
+        # transformers hands unknown keywords down to every layer, so a misspelt prompt= would pass in silence.
+        self._base_arguments = hooks.forward_arguments(base)
         self._why_expanded = probe.why_not_shared(base, backend)
         if self._why_expanded is not None:
             if (refused := probe.why_not_expanded(base)) is not None:
@@ -173,12 +159,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if name in self._keys:
             del self.prompts[self._keys.pop(name)]
         if isinstance(prompt, SoftPrompt):
-            # A ModuleDict key can hold neither a dot nor the name of one of its own methods.
-            key = "prompt_" + name.replace(".", "_dot_")
-            while key in self.prompts:
-                key += "_"
-            self._keys[name] = key
-            self.prompts[key] = prompt
+            self._register_prompt(name, prompt)
         if self.active_prompt is None:
             self.active_prompt = name
 
@@ -190,12 +171,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         if self.active_prompt == name:
             self.active_prompt = None
 
-    def set_prompt(self, name: str | None) -> None:
-        """Make `name` the prompt of calls that name none (None: no prompt)."""
-        if name is not None:
-            self._bank[name]
-        self.active_prompt = name
-
     @property
     def prompt_names(self) -> list[str]:
         return self._bank.names
@@ -203,23 +178,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
     def get_prompt(self, name: str) -> SoftPrompt | PrefixKV:
         """The prompt called `name`; KeyError with the known names if there is none."""
         return self._bank[name]
-
-    def save_prompt(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Write prompt `name` as an adapter directory that PEFT loads back with equal outputs.
-
-        Raises:
-            TypeError: the prompt is a PrefixKV, which no PEFT method describes: use its ``save_pretrained``.
-        """
-        prompt = self._bank[name]
-        if isinstance(prompt, PrefixKV):
-            raise TypeError(f"prompt: {name!r} is a PrefixKV, not an adapter; call its save_pretrained(directory)")
-        peft_io.save_adapter(prompt, directory, base_model_name_or_path=self.base.name_or_path or None)
-
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write the active prompt as a PEFT adapter directory (the base model is frozen and not written)."""
-        if self.active_prompt is None:
-            raise ValueError("prompt: no active prompt to save; call save_prompt(name, directory)")
-        self.save_prompt(self.active_prompt, directory)
 
     def compile_prompt(self, name: str, *, task: int | None = None) -> PrefixKV:
         """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
@@ -319,16 +277,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         return task
 
     def _row_prompts(self, prompt: Any, task_ids: Any, batch: int) -> list[RowPrompt | None]:
-        if isinstance(prompt, _Default):
-            prompt = self.active_prompt
-        if prompt is None or isinstance(prompt, str):
-            names: list[str | None] = [prompt] * batch
-        elif isinstance(prompt, Sequence) and all(n is None or isinstance(n, str) for n in prompt):
-            names = list(prompt)
-            if len(names) != batch:
-                raise ValueError(f"prompt: expected one name per row ({batch} rows), found a list of {len(names)}")
-        else:
-            raise TypeError(f"prompt: expected a name, a list of names or None, found {type(prompt).__name__}")
+        names = self._row_names(prompt, batch)
         tasks: list[int | None] = [None] * batch
         if task_ids is not None:
             tasks = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
@@ -395,7 +344,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        prompt: Any = _ACTIVE,
+        prompt: Any = ...,
         task_ids: Tensor | Sequence[int] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -433,6 +382,8 @@ class SoftPromptModel(nn.Module, GenerationMixin):
             KeyError: unknown prompt (the message lists the known ones).
             IndexError: a token id outside the vocabulary.
         """
+        if unknown := kwargs.keys() - self._base_arguments:
+            raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
         batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
         skip_logits = False
         cpt = labels is not None and self._wants_cpt(prompt, task_ids, batch)
@@ -753,7 +704,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         self,
         inputs: Tensor | None = None,
         *,
-        prompt: Any = _ACTIVE,
+        prompt: Any = ...,
         task_ids: Tensor | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
@@ -778,7 +729,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         input_ids = inputs if input_ids is None else input_ids
         inputs_embeds = kwargs.get("inputs_embeds")
         if input_ids is None and inputs_embeds is None:
-            rows = 1 if isinstance(prompt, (str, _Default)) or prompt is None else len(prompt)
+            rows = 1 if prompt is None or prompt is ... or isinstance(prompt, str) else len(prompt)
             input_ids = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
@@ -848,6 +799,7 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         config = copy.deepcopy(options["generation_config"])
         config.update(**options)
         plain = config.use_cache is not False and config.cache_implementation in (None, "dynamic")
+        plain = plain and config.prefill_chunk_size is None and config.prompt_lookup_num_tokens is None
         last = length + config.max_new_tokens if config.max_new_tokens else config.max_length or length + 20
         if self._limit is not None and max(packed.lengths) + last > self._limit.positions:
             return False  # the other path says at which position the model ends
@@ -932,22 +884,6 @@ class SoftPromptModel(nn.Module, GenerationMixin):
 
     # ---- nn.Module and transformers plumbing ---------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base"), name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
     def can_generate(self) -> bool:
         return True
 
@@ -958,26 +894,10 @@ class SoftPromptModel(nn.Module, GenerationMixin):
         return self.base.get_output_embeddings()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftPromptModel:
-        """``.to()``, ``.half()``, ...: prefixes follow the base; soft prompts keep the dtype that they train in."""
-        prompts = self.prompts
-        del self._modules["prompts"]
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._modules["prompts"] = prompts
-        prompts.to(self.device)
+        super()._apply(fn, recurse)
         self.__dict__.pop("_fingerprint", None)
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "SoftPromptModel can't be pickled (nor deep-copied): save prompts with save_prompt(name, directory) or "
-            "compile_prompt(name).save_pretrained(directory) and rebuild the model around its base"
-        )
-
-    def extra_repr(self) -> str:
-        return f"prompts={self.prompt_names}, active={self.active_prompt!r}"
 
 
 def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:

@@ -37,7 +37,7 @@ def accelerate(peft_model: Any, *, backend: str | None = None) -> Any:
         )
     prompts = {name: peft_io.from_peft_model(peft_model, name) for name in peft_model.peft_config}
     base = peft_model.get_base_model()
-    model: Any = model_class(base)(base, backend=backend)
+    model: Any = model_class(base)(base, backend=backend, freeze_base=False)  # PEFT has frozen what it means to freeze
     for name, prompt in prompts.items():
         model.add_prompt(name, prompt)
     model.set_prompt(peft_model.active_adapter)

@@ -29,6 +29,7 @@ LAYERS = (
     ("demo", "info"),
     ("wrap",),
     ("model", "encoder"),
+    ("prompted",),
     ("integrations",),
     ("bank", "cache", "expanded", "explanation", "losses", "prefix_kv", "prompt", "row_layout", "rows"),
     ("nn", "testing"),

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import TransformersKwargs
 
 from softprompt_fast.ops import prefix_attention
 
@@ -275,6 +276,11 @@ def no_mask(batch: int, device: torch.device) -> torch.Tensor:
     """The mask passed with a context: 4-D, so that transformers builds none, and empty, so that any attention
     function which is not ours fails on its shape instead of silently attending without the prefix."""
     return torch.empty(batch, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def forward_arguments(base: PreTrainedModel) -> frozenset[str]:
+    """The keyword arguments that ``base.forward`` or something below it understands."""
+    return frozenset(inspect.signature(base.forward).parameters) | TransformersKwargs.__annotations__.keys()
 
 
 def num_attention_layers(base: PreTrainedModel) -> int:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model with named prompts has: the names, the active one, and how it moves, freezes and is not pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from softprompt_fast.integrations import peft as peft_io
+from softprompt_fast.prefix_kv import PrefixKV
+from softprompt_fast.prompt import SoftPrompt
+
+#: What ``prompt=`` takes: a name for the batch, one name (or None) per row, None for no prompt, and ``...`` (the
+#: default) for the active prompt.
+PromptArgument = str | Sequence[str | None] | None | EllipsisType
+
+
+class PromptedModel(nn.Module):
+    """A frozen transformers model with named soft prompts; base class of this package's models.
+
+    Args:
+        base: used as it is, not copied.
+        backend: force one backend of the ops; None picks automatically.
+        freeze_base: turn ``requires_grad`` of the base's weights off, as PEFT does. A prefix is computed once for
+            weights that don't change; whoever trains the base as well calls ``invalidate`` when it has changed.
+
+    Attributes:
+        active_prompt: the prompt of calls that name none.
+    """
+
+    def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
+        super().__init__()
+        self.base = base
+        self.config = base.config
+        self.backend = backend
+        self.prompts = nn.ModuleDict()
+        self.active_prompt: str | None = None
+        self._keys: dict[str, str] = {}
+        self.training = base.training
+        if freeze_base:
+            base.requires_grad_(False)
+
+    def get_prompt(self, name: str) -> SoftPrompt | PrefixKV:
+        """The prompt called `name`; KeyError with the known names if there is none."""
+        raise NotImplementedError
+
+    @property
+    def prompt_names(self) -> list[str]:
+        raise NotImplementedError
+
+    def set_prompt(self, name: str | None) -> None:
+        """Make `name` the prompt of calls that name none (None: no prompt)."""
+        if name is not None:
+            self.get_prompt(name)
+        self.active_prompt = name
+
+    def save_prompt(self, name: str, directory: Any) -> None:
+        """Write prompt `name` as an adapter directory that PEFT loads back with equal outputs.
+
+        Raises:
+            TypeError: the prompt is a PrefixKV, which no PEFT method describes: use its ``save_pretrained``.
+        """
+        prompt = self.get_prompt(name)
+        if isinstance(prompt, PrefixKV):
+            raise TypeError(f"prompt: {name!r} is a PrefixKV, not an adapter; call its save_pretrained(directory)")
+        peft_io.save_adapter(prompt, directory, base_model_name_or_path=self.base.name_or_path or None)
+
+    def save_pretrained(self, directory: Any, **_: Any) -> None:
+        """Write the active prompt as a PEFT adapter directory (the base model is frozen and not written)."""
+        if self.active_prompt is None:
+            raise ValueError("prompt: no active prompt to save; call save_prompt(name, directory)")
+        self.save_prompt(self.active_prompt, directory)
+
+    def _row_names(self, prompt: Any, batch: int) -> list[str | None]:
+        """The prompt of each row, by name; all of them known."""
+        if prompt is ...:
+            prompt = self.active_prompt
+        if prompt is None or isinstance(prompt, str):
+            names: list[str | None] = [prompt] * batch
+        elif isinstance(prompt, Sequence) and all(n is None or isinstance(n, str) for n in prompt):
+            names = list(prompt)
+            if len(names) != batch:
+                raise ValueError(f"prompt: expected one name per row ({batch} rows), found a list of {len(names)}")
+        else:
+            raise TypeError(f"prompt: expected a name, a list of names or None, found {type(prompt).__name__}")
+        for name in dict.fromkeys(names):
+            if name is not None:
+                self.get_prompt(name)
+        return names
+
+    def _register_prompt(self, name: str, prompt: SoftPrompt) -> str:
+        """Make `prompt` a submodule, so that optimizers, ``state_dict`` and ``.to()`` see it. Returns its key."""
+        # A ModuleDict key can hold neither a dot nor the name of one of its own methods.
+        key = "prompt_" + name.replace(".", "_dot_")
+        while key in self.prompts:
+            key += "_"
+        self._keys[name] = key
+        self.prompts[key] = prompt
+        return key
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to()``, ``.half()``, ...: soft prompts follow to the device and keep the dtype that they train in."""
+        prompts = self.prompts
+        del self._modules["prompts"]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["prompts"] = prompts
+        prompts.to(self.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} can't be pickled (nor deep-copied): save its prompts with "
+            "save_prompt(name, directory) and rebuild the model around its base"
+        )
+
+    def extra_repr(self) -> str:
+        return f"prompts={self.prompt_names}, active={self.active_prompt!r}"
