@@ -20,7 +20,7 @@ CSRC := $(shell find csrc -type f)
 .PHONY: help install assets demo test lint format native clean
 
 help:
-	@echo "make demo     train, save, load and time a soft prompt on real text (about 6 minutes)"
+	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
 	@echo "make test     lint, then every test"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite the files"

@@ -233,7 +233,7 @@ def test_demo_runs_from_end_to_end(tmp_path: Path):
 
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    for part in ("held-out accuracy", "predictions equal to PEFT's", "8 of 8", "prefix memory", compare.OURS):
+    for part in ("held-out accuracy", "predictions equal to PEFT's", "8 of 8", "first token", compare.OURS):
         assert part in shown.getvalue()
 
     # What is on disk is what was trained: the adapter and the compiled prefix give the same logits.

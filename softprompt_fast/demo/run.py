@@ -86,7 +86,6 @@ def run(output: Path, settings: Settings, console: Console) -> Result:
     held_out = [review for review in reviews if review.held_out]
     held_out = random.Random(settings.seed).sample(held_out, k=min(settings.held_out, len(held_out)))
 
-    base.requires_grad_(False)  # only the prompt learns; gradients of the weights would cost a third of each step
     model = SoftPromptModel(base)
     prompt = sentiment.fresh_prompt(base, settings.num_virtual_tokens, settings.seed)
     model.add_prompt(PROMPT_NAME, prompt)
@@ -160,7 +159,9 @@ def run(output: Path, settings: Settings, console: Console) -> Result:
     report.picture(result, output / "demo.png")
     for table in report.tables(result):
         console.print(table)
-    console.print(f"{result.seconds:.0f} s; adapter, prefix, results.json and demo.png are in {output}")
+    console.print(
+        f"{result.seconds:.0f} s; adapter, prefix, results.json and demo.png are in {output}", soft_wrap=True
+    )
     return result
 
 
