@@ -744,13 +744,14 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         own_start, own_end = (None, None) if attention_mask is None else padding_ranges(attention_mask)
         packed, index = self._select(prompt, task_ids, batch)
         self._check_rows_fit(batch, length, attention_mask, packed, index)
-        kwargs["generation_config"] = config = kwargs.get("generation_config") or self.generation_config
+        config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
             raise ValueError("guidance_scale: not supported; what an unconditional row attends to is not defined here")
         if kwargs.get("position_ids") is not None:
             raise ValueError("position_ids: generate counts positions itself; pad with an attention_mask instead")
         own = length if attention_mask is None else int((attention_mask != 0).sum(dim=1).max())
-        if self._why_expanded is not None or self._copies_prefix(batch, own, packed, kwargs):
+        if self._why_expanded is not None or self._copies_prefix(batch, own, packed, config, kwargs):
+            kwargs["generation_config"] = config
             return expanded.generate(
                 self.base,
                 input_ids=input_ids,
@@ -789,14 +790,16 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             sequences[:, :length] = shown.repeat_interleave(sequences.shape[0] // batch, dim=0)
         return result
 
-    def _copies_prefix(self, batch: int, length: int, packed: Packed | None, options: dict[str, Any]) -> bool:
+    def _copies_prefix(
+        self, batch: int, length: int, packed: Packed | None, config: Any, options: dict[str, Any]
+    ) -> bool:
         """Whether one row, which has nobody to share with, copies its prefix into its own cache: one attention call a
         layer instead of two and a merge. Same results; only where the caller gets no cache to see the difference."""
         if packed is None or length == 0 or requested(self.backend) != "auto":
             return False
         if any(options.get(name) is not None for name in ("past_key_values", "inputs_embeds", "assistant_model")):
             return False
-        config = copy.deepcopy(options["generation_config"])
+        config = copy.deepcopy(config)
         config.update(**options)
         plain = config.use_cache is not False and config.cache_implementation in (None, "dynamic")
         plain = plain and config.prefill_chunk_size is None and config.prompt_lookup_num_tokens is None
