@@ -524,6 +524,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             query_start=query_start,
             backend=self.backend,
         )
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
+            # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
+            # once per row (32 rows, SmolLM2-135M: 104 ms of an 860 ms prefill); as an index they are one dense block.
+            logits_to_keep = torch.arange(length - logits_to_keep, length, device=device)
         positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
         out = self.base(
             input_ids=input_ids,
