@@ -210,13 +210,7 @@ class PrefixKV:
         path = Path(directory) / TENSORS_NAME
         if not path.is_file():
             raise FileNotFoundError(f"prefix directory: expected {TENSORS_NAME} in {directory}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                content = (file.metadata() or {}).get(_HEADER_KEY)
-                header = _parse_header(path, content)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise PrefixError(f"{path}: truncated or damaged ({error})") from error
+        header, tensors = _read_one_version(path, str(device))
         _check_sidecar(path.with_name(METADATA_NAME), header)
 
         digest = header.pop("digest", None)
@@ -383,6 +377,32 @@ def _parse_header(path: Path, content: str | None) -> dict[str, Any]:
             "upgrade it, or compile the prompt again"
         )
     return header
+
+
+def _read_one_version(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of one and the same version of the file, also while a writer replaces it.
+
+    safetensors opens a file twice, once for its header and once (by name) to map its tensors, so a replacement in
+    between would mix two versions; what stands under the name must be the same file before and after.
+    """
+    for _ in range(100):
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                header = _parse_header(path, (file.metadata() or {}).get(_HEADER_KEY))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            if _identity(path) == before:
+                raise PrefixError(f"{path}: truncated or damaged ({error})") from error
+            continue
+        if _identity(path) == before:
+            return header, tensors
+    raise PrefixError(f"{path}: replaced again and again while it was read")
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _check_sidecar(path: Path, header: Mapping[str, Any]) -> None:
