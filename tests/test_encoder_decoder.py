@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from encoder_families import (
     ENCODER_DECODERS,
     METHODS,
@@ -24,6 +25,7 @@ from encoder_families import (
     trained,
     with_adapter,
 )
+from packaging.version import Version
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -196,6 +198,13 @@ def test_saved_adapter_round_trip(tmp_path: Any, family: Family, method: str) ->
     torch.testing.assert_close(again(input_ids=row, labels=target, **task).logits, expected.logits, rtol=0, atol=0)
 
 
+def skip_where_t5_drops_keywords(family: Family, fast: Any) -> None:
+    """5.17's T5 keeps unknown keywords from its attention function, 5.23's does not; in between was not tried. There
+    the prefix is expanded, exactly (the other tests of this file pass), but what follows is about sharing it."""
+    if family is T5 and Version(transformers.__version__) < Version("5.23") and "expanded" in str(spf.explain(fast)):
+        pytest.skip(f"transformers {transformers.__version__}: T5 drops keyword arguments, so its prefix is expanded")
+
+
 @BOTH
 def test_the_prefix_is_shared_and_the_paths_are_said(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapter(family.build(), family, "PREFIX_TUNING")
@@ -203,6 +212,7 @@ def test_the_prefix_is_shared_and_the_paths_are_said(family: Family, monkeypatch
     ids = torch.randint(5, VOCAB, (3, 5))
     shared = fast(input_ids=ids, labels=ids)
     text = fast.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    skip_where_t5_drops_keywords(family, fast)
     assert {layer.path for layer in spf.explain(fast).layers} == {"decoder: shared prefix"}
     assert len(spf.explain(fast).layers) == 3
 
@@ -242,6 +252,7 @@ def test_gradient_checkpointing_changes_nothing(family: Family, method: str) -> 
     ids, mask = stack(ragged_rows(3), "left")
     kwargs = {"input_ids": ids, "attention_mask": mask, "labels": ids, "task_ids": torch.arange(3)}
     expected = fast(**kwargs)
+    skip_where_t5_drops_keywords(family, fast)
     gradient = gradients(expected.loss, parameters)
     fast.base.gradient_checkpointing_enable({"use_reentrant": False})
     again = fast(**kwargs)
