@@ -348,7 +348,10 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 @functools.cache
 def _base_model(name: str) -> PreTrainedModel:
     family = FAMILIES[name]
-    model = AutoModelForCausalLM.from_config(family.config(), attn_implementation="eager")
+    with torch.random.fork_rng(devices=[]):
+        # Vectors keep their initial value and move from there, and some (gpt_oss's sinks) start from a random one.
+        torch.manual_seed(family.seed)
+        model = AutoModelForCausalLM.from_config(family.config(), attn_implementation="eager")
     randomise(model, family.seed)
     return model.eval()
 
@@ -415,6 +418,7 @@ def make_peft(family: Family, method: str) -> PeftModel:
     for name, value in family.adapter_config.items():
         setattr(config, name, value)  # CPTConfig takes no such argument, but honours the attribute
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values from the global generator
+        torch.manual_seed(family.seed)
         peft_model = get_peft_model(base, config)
     randomise_prompt(peft_model, seed=zlib.crc32(f"{family.name}/{method}".encode()))
     return peft_model.eval()
