@@ -91,7 +91,9 @@ FAMILIES = tuple(_CONFIGS)
 def _base(family: str) -> PreTrainedModel:
     # Both attention implementations that a CPU has; bloom and soft caps need the first.
     attention = "eager" if family in ("bloom", "gemma2") else "sdpa"
-    base = AutoModelForCausalLM.from_config(_CONFIGS[family](), attn_implementation=attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(family.encode()))
+        base = AutoModelForCausalLM.from_config(_CONFIGS[family](), attn_implementation=attention)
     generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
     embeddings = base.get_input_embeddings().weight
     with torch.no_grad():
