@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompt_fast.integrations.transformers import KEYWORD, _eager
+from softprompt_fast.integrations.transformers import KEYWORD, register
 from softprompt_fast.ops import prefix_attention
 
 
@@ -88,23 +86,8 @@ def install(base: PreTrainedModel) -> str | None:
     if current is None or not base._can_set_attn_implementation():
         return f"{type(base).__name__} bypasses transformers' attention interface"
     if not current.startswith(_NAME):
-        base.set_attn_implementation(_register(current))
+        base.set_attn_implementation(register(_NAME, current, decoder_attention))
     return None
-
-
-def _register(original_name: str) -> str:
-    """Register our attention function over `original_name`, whose mask function it keeps; returns the name to set."""
-    name = _NAME + original_name
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-
-        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            original = _eager(module) if original_name == "eager" else ALL_ATTENTION_FUNCTIONS[original_name]
-            return decoder_attention(module, *args, original=original, **kwargs)
-
-        ALL_ATTENTION_FUNCTIONS.register(name, attention)
-        if original_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original_name])
-    return name
 
 
 def decoder_attention(
@@ -113,8 +96,8 @@ def decoder_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
     original: Any,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,

@@ -220,9 +220,13 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
     return forward.__globals__["eager_attention_forward"]
 
 
-def _register(original_name: str) -> str:
-    """Register our attention function and mask function over `original_name`; returns the name to set."""
-    name = _NAME + original_name
+def register(prefix: str, original_name: str, attend: Callable[..., Any]) -> str:
+    """Register `attend`, and the mask function of `original_name`, under ``prefix + original_name``; returns that.
+
+    `attend` is called as ``attend(module, query, key, value, attention_mask, original, **options)`` with the original
+    attention function.
+    """
+    name = prefix + original_name
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
         def attention(
@@ -234,7 +238,7 @@ def _register(original_name: str) -> str:
             **kwargs: Any,
         ) -> Any:
             original = _eager(module) if original_name == "eager" else ALL_ATTENTION_FUNCTIONS[original_name]
-            return soft_prompt_attention(module, query, key, value, attention_mask, original, **kwargs)
+            return attend(module, query, key, value, attention_mask, original, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
         if original_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
@@ -259,7 +263,7 @@ def install(base: PreTrainedModel) -> str | None:
         return None
     if not base._can_set_attn_implementation():
         return f"{type(base).__name__} bypasses transformers' attention interface"
-    name = _register(current)
+    name = register(_NAME, current, soft_prompt_attention)
     base.set_attn_implementation(name)
     if base.config._attn_implementation != name:
         return f"{type(base).__name__} refused the attention implementation {name!r}"
