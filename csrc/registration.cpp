@@ -9,7 +9,10 @@
 #include <string>
 
 #include "checks.h"
+#include "cpu/binding.h"
+#include "cpu/dispatch.h"
 #include "cpu/features.h"
+#include "cpu/parallel.h"
 
 // setup.py passes these as string literals.
 #if !defined(SOFTPROMPT_FAST_VERSION) || !defined(SOFTPROMPT_FAST_FLAGS) || \
@@ -60,4 +63,16 @@ PYBIND11_MODULE(_C, m) {
         "Instruction set name -> usable on this processor and operating system.");
   m.def("has_cpu_feature", &softprompt_fast::has_cpu_feature, pybind11::arg("name"),
         "Whether one instruction set is usable; ValueError for a name that is not listed.");
+  m.def(
+      "available_isas", &softprompt_fast::available_isas,
+      "Instruction sets that the CPU kernels were built for and this processor runs, best first.");
+  m.def(
+      "isa", [] { return softprompt_fast::kernels().isa; },
+      "The instruction set of the CPU kernels in use.");
+  m.def("use_isa", &softprompt_fast::use_isa, pybind11::arg("name"),
+        "Use another instruction set's kernels from now on; 'auto': the best.");
+  m.def("workspace_allocations", &softprompt_fast::workspace_allocations,
+        "How often the CPU kernels allocated scratch memory so far.");
+  softprompt_fast::bind_merge_states(m);
+  softprompt_fast::bind_prefix_attention(m);
 }

@@ -25,9 +25,9 @@ COMPILER = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.whic
 @pytest.fixture(autouse=True)
 def forget():
     """Each test loads anew; afterwards the real state comes back."""
-    native._load.cache_clear()
+    native.load.cache_clear()
     yield
-    native._load.cache_clear()
+    native.load.cache_clear()
 
 
 @pytest.fixture(scope="module")

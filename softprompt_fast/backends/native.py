@@ -18,7 +18,8 @@ _NAME = "softprompt_fast._C"
 
 
 @cache
-def _load() -> tuple[ModuleType | None, str]:
+def load() -> tuple[ModuleType | None, str]:
+    """The extension and "loaded", or None and the reason why there is none."""
     if importlib.util.find_spec(_NAME) is None:
         return None, (
             "not built: no C++ compiler or no pybind11 at install time, or SOFTPROMPT_FAST_BUILD=0; reinstall with "
@@ -36,17 +37,17 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def status() -> tuple[bool, str]:
     """Whether the extension is loaded, and the reason if it is not ("loaded" if it is)."""
-    module, reason = _load()
+    module, reason = load()
     return module is not None, reason
 
 
 def build_info() -> dict[str, str]:
     """Version, compiler, flags, C++ standard and torch seen at build time; empty if the extension is not loaded."""
-    module, _ = _load()
+    module, _ = load()
     return {} if module is None else module.build_info()
 
 
 def cpu_features() -> dict[str, bool]:
     """Instruction set name -> usable on this processor and operating system; empty if the extension is not loaded."""
-    module, _ = _load()
+    module, _ = load()
     return {} if module is None else module.cpu_features()

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "binding.h"
+#include "dispatch.h"
+
+namespace softprompt_fast {
+namespace {
+
+namespace py = pybind11;
+
+void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
+                      py::handle prefix_value, py::handle out, int64_t lse, py::tuple sizes,
+                      py::tuple rows, double scale, bool causal, int64_t window, double softcap,
+                      int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
+                      int threads) {
+  PrefixAttention op = {};
+  int64_t* const size[] = {&op.batch, &op.q_heads, &op.kv_heads, &op.queries,
+                           &op.own,   &op.packed,  &op.head_dim, &op.v_dim};
+  read_sizes(sizes, size);
+  SOFTPROMPT_FAST_CHECK(
+      op.kv_heads > 0 && op.q_heads % op.kv_heads == 0 && op.head_dim > 0,
+      "sizes: expected q_heads a multiple of kv_heads > 0, and head_dim > 0, found ", op.q_heads,
+      ", ", op.kv_heads, ", ", op.head_dim);
+  op.groups = op.q_heads / op.kv_heads;
+  op.query = as_tensor("query", query, 4);
+  op.key = as_tensor("key", key, 4);
+  op.value = as_tensor("value", value, 4);
+  op.prefix_key = as_tensor("prefix_key", prefix_key, 3);
+  op.prefix_value = as_tensor("prefix_value", prefix_value, 3);
+  op.out = as_tensor("out", out, 4);
+  op.lse = reinterpret_cast<float*>(lse);
+  op.scale = static_cast<float>(scale);
+  op.causal = causal;
+  op.window = window;
+  op.softcap = static_cast<float>(softcap);
+  op.sinks = reinterpret_cast<const float*>(sinks);
+  op.bias = as_tensor("bias", bias, 4);
+  op.bias_columns = bias_columns;
+  op.scale_block = 1;
+  if (!scales.is_none()) {
+    const auto given = py::reinterpret_borrow<py::tuple>(scales);
+    op.prefix_key_scale = reinterpret_cast<const float*>(given[0].cast<int64_t>());
+    op.prefix_value_scale = reinterpret_cast<const float*>(given[1].cast<int64_t>());
+    op.scale_stride = given[2].cast<int64_t>();
+    op.scale_block = given[3].cast<int64_t>();
+    SOFTPROMPT_FAST_CHECK(op.scale_block > 0, "scales: expected a block > 0, found ",
+                          op.scale_block);
+  }
+  SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
+  const PrefixAttentionRows indexes = {as_index("prefix_offsets", rows[0]),
+                                       as_index("prefix_index", rows[1]),
+                                       as_index("own_start", rows[2]), as_index("own_end", rows[3]),
+                                       as_index("query_start", rows[4])};
+  py::gil_scoped_release release;
+  run_prefix_attention(op, indexes, threads);
+}
+
+}  // namespace
+
+void bind_prefix_attention(py::module_& module) {
+  module.def("prefix_attention", &prefix_attention);
+  module.def(
+      "plan_prefix_attention",
+      [](int64_t stacked, int64_t per_row, int64_t kv_heads, int64_t keys, int threads) {
+        const auto plan = plan_prefix_attention(stacked, per_row, kv_heads, keys, threads);
+        return std::make_pair(plan.block_size, plan.splits);
+      },
+      "Queries a block and runs of keys; see prefix_attention.h.");
+}
+
+}  // namespace softprompt_fast

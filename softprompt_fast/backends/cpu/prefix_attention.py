@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prefix_attention in C++: see ``csrc/cpu/prefix_attention_kernel.h``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_fast.backends.cpu import _tensors
+from softprompt_fast.backends.torch import prefix_attention as torch_backend
+
+_C = _tensors.extension()
+
+
+def reasons(*args: Any) -> list[str]:
+    why = _tensors.refusals(*args[:5], args[14], args[15])
+    bias = args[15]
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        why.append("it gives no gradient for bias")
+    return why
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_offsets: Tensor | None,
+    prefix_index: Tensor | None,
+    own_start: Tensor | None,
+    own_end: Tensor | None,
+    query_start: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads, own, v_dim = value.shape[1:]
+    packed = prefix_key.shape[1]
+    out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
+    lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
+    rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
+    sinks = _tensors.as_float(sinks)
+    bias_view, bias_columns = None, 0
+    if bias is not None:
+        bias_columns = bias.shape[3] - own
+        bias_view = _tensors.view(bias.expand(batch, q_heads, queries, -1))
+    _C.prefix_attention(
+        _tensors.view(query),
+        _tensors.view(key),
+        _tensors.view(value),
+        _tensors.view(prefix_key),
+        _tensors.view(prefix_value),
+        _tensors.view(out),
+        lse.data_ptr(),
+        (batch, q_heads, kv_heads, queries, own, packed, head_dim, v_dim),
+        tuple(_tensors.indexes(x) for x in rows),
+        scale,
+        causal,
+        sliding_window or 0,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        bias_view,
+        bias_columns,
+        None,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return torch_backend.backward(*args)
