@@ -3,13 +3,20 @@
 #pragma once
 
 #include "merge_states_kernel.h"
+#include "prefix_attention_backward_kernel.h"
 #include "prefix_attention_kernel.h"
 
 namespace softprompt_fast {
 namespace SOFTPROMPT_FAST_ISA {
 
 const Kernels kKernels = {
-    SOFTPROMPT_FAST_ISA_NAME, W, prefix_attention, prefix_attention_merge, merge_states,
+    SOFTPROMPT_FAST_ISA_NAME,
+    W,
+    prefix_attention,
+    prefix_attention_merge,
+    prefix_attention_backward,
+    prefix_attention_backward_sum,
+    merge_states,
 };
 
 }  // namespace SOFTPROMPT_FAST_ISA

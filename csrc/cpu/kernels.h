@@ -23,8 +23,9 @@ struct Tensor {
   void* at(int64_t offset) const { return (char*)data + offset * size_of(dtype); }
 };
 
-struct PrefixAttention;  // prefix_attention.h
-struct MergeStates;      // merge_states.h
+struct PrefixAttention;          // prefix_attention.h
+struct PrefixAttentionBackward;  // prefix_attention_backward.h
+struct MergeStates;              // merge_states.h
 
 struct Kernels {
   const char* isa;
@@ -32,6 +33,10 @@ struct Kernels {
   // One task of the plan (see prefix_attention.h); scratch is the thread's own.
   void (*prefix_attention)(const PrefixAttention& op, int64_t task, float* scratch);
   void (*prefix_attention_merge)(const PrefixAttention& op, int64_t block, float* scratch);
+  void (*prefix_attention_backward)(const PrefixAttentionBackward& op, int64_t task,
+                                    float* scratch);
+  void (*prefix_attention_backward_sum)(const PrefixAttentionBackward& op, int64_t task,
+                                        float* scratch);
   void (*merge_states)(const MergeStates& op, int64_t first, int64_t last);
 };
 

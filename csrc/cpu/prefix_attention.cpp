@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "prefix_attention_rows.h"
 
 namespace softprompt_fast {
 namespace {
@@ -39,30 +40,25 @@ PrefixAttentionPlan plan_prefix_attention(int64_t stacked, int64_t per_row, int6
   return {size, std::max<int64_t>(splits, 1)};
 }
 
-void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads) {
-  if (op.batch == 0 || op.queries == 0 || op.q_heads == 0) return;
-  // Kept between calls, as the workspace is: a decode step allocates nothing.
-  thread_local std::vector<RowView> views;
-  thread_local std::vector<QueryBlock> blocks;
-  thread_local std::vector<int64_t> begins;  // where in views the rows of each prefix begin
-
-  // Rows sorted by their prefix, those without one last.
+void place_rows(const PrefixAttention& op, const PrefixAttentionRows& rows, PlacedRows& placed) {
   const int64_t prefixes = rows.prefix_offsets ? rows.prefix_offsets.size - 1 : 1;
   const auto prefix_of = [&](int64_t row) {
     const int64_t prefix = rows.prefix_index ? rows.prefix_index[row] : 0;
     return prefix < 0 ? prefixes : prefix;
   };
-  begins.assign(prefixes + 2, 0);
-  for (int64_t row = 0; row < op.batch; ++row) ++begins[prefix_of(row) + 1];
-  int64_t largest = 0, longest = 0;
+  std::vector<int64_t>& ends = placed.ends;  // until the rows are placed: where they begin
+  ends.assign(prefixes + 2, 0);
+  for (int64_t row = 0; row < op.batch; ++row) ++ends[prefix_of(row) + 1];
+  placed.largest = placed.longest = 0;
   for (int64_t prefix = 0; prefix <= prefixes; ++prefix) {
-    largest = std::max(largest, begins[prefix + 1]);
-    begins[prefix + 1] += begins[prefix];
+    placed.largest = std::max(placed.largest, ends[prefix + 1]);
+    ends[prefix + 1] += ends[prefix];
   }
-  views.resize(op.batch);
+  ends.pop_back();
+  placed.views.resize(op.batch);
   for (int64_t row = 0; row < op.batch; ++row) {
     const int64_t prefix = prefix_of(row);
-    RowView& view = views[begins[prefix]++];
+    RowView& view = placed.views[ends[prefix]++];
     view.row = row;
     view.prefix_first = view.prefix_size = 0;
     if (prefix < prefixes) {
@@ -70,32 +66,41 @@ void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, 
       const int64_t end = rows.prefix_offsets ? rows.prefix_offsets[prefix + 1] : op.packed;
       view.prefix_size = end - view.prefix_first;
     }
-    longest = std::max(longest, view.prefix_size);
+    placed.longest = std::max(placed.longest, view.prefix_size);
     view.own_first = rows.own_start ? rows.own_start[row] : 0;
     view.own_last = rows.own_end ? rows.own_end[row] : op.own;
     view.query_start = rows.query_start ? rows.query_start[row] : op.own - op.queries;
   }
+}
+
+void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads) {
+  if (op.batch == 0 || op.queries == 0 || op.q_heads == 0) return;
+  // Kept between calls, as the workspace is: a decode step allocates nothing.
+  thread_local PlacedRows placed;
+  thread_local std::vector<QueryBlock> blocks;
+  place_rows(op, rows, placed);
 
   // The work decides whether a second thread is worth waking: not for less than some 10 us.
-  const double work = 1.0 * op.batch * op.q_heads * op.queries * (longest + op.own) *
+  const double work = 1.0 * op.batch * op.q_heads * op.queries * (placed.longest + op.own) *
                       static_cast<double>(op.head_dim + op.v_dim);
   if (work < 1 << 19) threads = 1;
   const int64_t per_row = op.queries * op.groups;
-  const PrefixAttentionPlan plan =
-      plan_prefix_attention(largest * per_row, per_row, op.kv_heads, longest + op.own, threads);
+  const PrefixAttentionPlan plan = plan_prefix_attention(
+      placed.largest * per_row, per_row, op.kv_heads, placed.longest + op.own, threads);
 
   blocks.clear();
-  for (int64_t prefix = 0, begin = 0; prefix <= prefixes; begin = begins[prefix++]) {
-    // Placing the rows has moved begins[prefix] to where the prefix's rows end.
-    const int64_t stacked = (begins[prefix] - begin) * per_row;
+  int64_t begin = 0;
+  for (const int64_t end : placed.ends) {
+    const int64_t stacked = (end - begin) * per_row;
     for (int64_t head = 0; head < op.kv_heads; ++head) {
       for (int64_t first = 0; first < stacked; first += plan.block_size) {
         blocks.push_back({begin, first, std::min(plan.block_size, stacked - first), head});
       }
     }
+    begin = end;
   }
 
-  op.views = views.data();
+  op.views = placed.views.data();
   op.blocks = blocks.data();
   op.num_blocks = static_cast<int64_t>(blocks.size());
   op.block_size = plan.block_size;

@@ -75,20 +75,20 @@ SOFTPROMPT_FAST_INLINE const float* as_rows(const void* from, DType dtype, int64
   return scratch;
 }
 
-// rows [count, columns] -> to [columns, kKeyBlock], columns and count rounded up to W.
+// rows [count, columns] -> to [columns, to_row], columns and count rounded up to W.
 SOFTPROMPT_FAST_INLINE void transpose_rows(const float* from, int64_t from_row, int64_t count,
-                                           int64_t columns, float* to) {
+                                           int64_t columns, float* to, int64_t to_row) {
   for (int64_t i = 0; i < count; i += W) {
     if (i + W <= count) {
       for (int64_t c = 0; c < columns; c += W) {
-        transpose(from + i * from_row + c, from_row, to + c * kKeyBlock + i, kKeyBlock);
+        transpose(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
       }
       continue;
     }
     // The last rows, fewer than W: nothing behind them may be read.
     for (int64_t c = 0; c < columns; ++c) {
       for (int64_t j = 0; j < W; ++j) {
-        to[c * kKeyBlock + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
+        to[c * to_row + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
       }
     }
   }
@@ -226,7 +226,7 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
   if (rows < kTransposeRows) {
     dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores);
   } else {
-    transpose_rows(key, key_row, run.count, columns, scratch.transposed);
+    transpose_rows(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
     matmul(rows, round_up(run.count, W), op.head_dim, query, query_row, 1, scratch.transposed,
            kKeyBlock, scores, kKeyBlock, false);
   }
@@ -277,9 +277,10 @@ SOFTPROMPT_FAST_INLINE void finish(const PrefixAttention& op, int64_t row, int64
       total > 0.0f ? highest + __builtin_logf(total) : -kInfinity;
 }
 
-// Read the block's queries, times the scale, and work out what they see.
-inline void open_block(const PrefixAttention& op, const QueryBlock& block, const Scratch& scratch) {
-  const int64_t columns = round_up(op.head_dim, W), query_row = padded(op.head_dim);
+// Read the block's queries, times the scale, to `queries`, and work out what they see.
+inline void open_block(const PrefixAttention& op, const QueryBlock& block, float* queries,
+                       int64_t query_row, QueryView* views) {
+  const int64_t columns = round_up(op.head_dim, W);
   int64_t view = block.row_begin + block.first / (op.queries * op.groups);
   int64_t place = block.first % (op.queries * op.groups);
   for (int64_t u = 0; u < block.count; ++u) {
@@ -287,9 +288,9 @@ inline void open_block(const PrefixAttention& op, const QueryBlock& block, const
     const int64_t query = place / op.groups, head = block.kv_head * op.groups + place % op.groups;
     const Tensor& q = op.query;
     read_row(q.at(row.row * q.stride[0] + head * q.stride[1] + query * q.stride[2]), q.dtype,
-             q.stride[3], op.head_dim, columns, op.scale, scratch.query + u * query_row);
+             q.stride[3], op.head_dim, columns, op.scale, queries + u * query_row);
     const int64_t position = row.query_start + query;
-    QueryView& seen = scratch.views[u];
+    QueryView& seen = views[u];
     seen.view = view;
     seen.prefix = 0;
     seen.own_first = row.own_first;
@@ -309,7 +310,7 @@ inline void prefix_attention(const PrefixAttention& op, int64_t task, float* mem
   const Scratch scratch(memory, op.block_size, op.head_dim, op.v_dim);
   const int64_t state_row = partial_width(op.v_dim);
   float* state = op.splits == 1 ? scratch.state : op.partials + task * op.block_size * state_row;
-  open_block(op, block, scratch);
+  open_block(op, block, scratch.query, padded(op.head_dim), scratch.views);
   for (int64_t u = 0; u < block.count; ++u) {
     for (int64_t i = 0; i < state_row; i += W) store(state + u * state_row + i, Vec{});
     state[u * state_row + padded(op.v_dim)] = -kInfinity;
