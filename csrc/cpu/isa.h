@@ -4,6 +4,7 @@
 
 #include "linear_kernel.h"
 #include "merge_states_kernel.h"
+#include "prefix_attention_backward_kernel.h"
 #include "prefix_attention_kernel.h"
 
 namespace softprompt_fast {
@@ -19,6 +20,8 @@ const Kernels kKernels = {
     linear,
     gated_linear,
     qkv_linear,
+    prefix_attention_backward,
+    prefix_attention_backward_sum,
     merge_states,
 };
 

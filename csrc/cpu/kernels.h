@@ -28,7 +28,9 @@ struct GatedLinear;      // linear.h
 struct Linear;
 struct NormRows;
 struct QkvLinear;
-struct MergeStates;  // merge_states.h
+
+struct PrefixAttentionBackward;  // prefix_attention_backward.h
+struct MergeStates;              // merge_states.h
 
 struct Kernels {
   const char* isa;
@@ -43,6 +45,10 @@ struct Kernels {
   void (*gated_linear)(const GatedLinear& op, int64_t first, int64_t last, int64_t row,
                        int64_t rows, float* scratch);
   void (*qkv_linear)(const QkvLinear& op, int64_t head, int64_t row, int64_t rows, float* scratch);
+  void (*prefix_attention_backward)(const PrefixAttentionBackward& op, int64_t task,
+                                    float* scratch);
+  void (*prefix_attention_backward_sum)(const PrefixAttentionBackward& op, int64_t task,
+                                        float* scratch);
   void (*merge_states)(const MergeStates& op, int64_t first, int64_t last);
 };
 

@@ -95,20 +95,20 @@ SOFTPROMPT_FAST_INLINE void soften_stack(const Stack& stack, int64_t count, floa
     most = vmax(other, most);
     // Nothing seen so far: (-inf) - (-inf) would be NaN.
     const Vec offset = most > lowest ? most : Vec{};
-    const Vec fade = exp_nonpositive(before - offset);
+    const Vec fade = exp(before - offset);
     Vec sums = Vec{}, more = Vec{};
     k = 0;
     for (; k + 2 <= count; k += 2) {
       float *at = scores + k * stack.lanes, *next = at + stack.lanes;
-      const Vec weight = exp_nonpositive(load(at) - offset);
-      const Vec weight2 = exp_nonpositive(load(next) - offset);
+      const Vec weight = exp(load(at) - offset);
+      const Vec weight2 = exp(load(next) - offset);
       store(at, weight);
       store(next, weight2);
       sums += weight;
       more += weight2;
     }
     if (k < count) {
-      const Vec weight = exp_nonpositive(load(scores + k * stack.lanes) - offset);
+      const Vec weight = exp(load(scores + k * stack.lanes) - offset);
       store(scores + k * stack.lanes, weight);
       sums += weight;
     }

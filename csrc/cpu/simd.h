@@ -85,37 +85,15 @@ SOFTPROMPT_FAST_INLINE float largest(Vec x) {
 }
 
 // e^x to 1 ulp or so: x = n ln 2 + r with |r| <= ln(2) / 2, e^r by a polynomial (fitted to a
-// relative error of 3e-9), times 2^n through the exponent bits. Below -87.3, -inf included, exactly
-// 0; NaN stays NaN.
+// relative error of 3e-9), times 2^n. The rounding makes the bits of 2^n: its magic number carries
+// the exponent's bias. Below -87.7, -inf included, exactly 0 (n = -127 has the bits of 0);
+// above 88.4 inf; NaN stays NaN.
 SOFTPROMPT_FAST_INLINE Vec exp(Vec x) {
-  const Vec low = splat(-87.3f);
-  const Vec clamped = vmin(splat(88.7f), vmax(low, x));  // in this order a NaN passes
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec clamped = vmin(splat(89.0f), vmax(splat(-88.0f), x));  // in this order a NaN passes
+  const Vec magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = clamped * 1.44269504f + magic;
   const Vec n = shifted - magic;
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two exact pieces
-  Vec p = splat(1.381459837e-3f);
-  p = p * r + 8.368716898e-3f;
-  p = p * r + 4.166838805e-2f;
-  p = p * r + 1.666652063e-1f;
-  p = p * r + 4.999999345e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^n as two factors: 2^128 itself is no float.
-  const IntVec whole = float_to_bits(shifted) - float_to_bits(magic);
-  const IntVec half = whole >> 1;
-  p = p * bits_to_float((half + 127) << 23) * bits_to_float((whole - half + 127) << 23);
-  return x < low ? Vec{} : p;
-}
-
-// The same for x <= 0, as a softmax has it after its maximum is taken off. 2^n is a single factor
-// here, made by the rounding itself: the magic number carries the exponent's bias. At the clamp n is
-// -127, whose bits are those of 0: no selection is needed to make -inf exactly 0.
-SOFTPROMPT_FAST_INLINE Vec exp_nonpositive(Vec x) {
-  const Vec clamped = vmax(splat(-88.0f), x);
-  const Vec magic = splat(12582912.0f + 127.0f);
-  const Vec shifted = clamped * 1.44269504f + magic;
-  const Vec n = shifted - magic;
-  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec p = splat(1.381459837e-3f);
   p = p * r + 8.368716898e-3f;
   p = p * r + 4.166838805e-2f;

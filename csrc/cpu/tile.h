@@ -68,10 +68,12 @@ void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int
   }
   switch (rows) {
     case 7:
-      if constexpr (R > 7) tile<7, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
+      if constexpr (R > 7)
+        tile<7, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
       return;
     case 6:
-      if constexpr (R > 6) tile<6, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
+      if constexpr (R > 6)
+        tile<6, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
       return;
     case 5:
       return tile<5, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
@@ -94,16 +96,19 @@ SOFTPROMPT_FAST_INLINE void matmul(int64_t rows, int64_t columns, int64_t depth,
                                    const float* fade = nullptr) {
   int64_t at = 0;
   for (; at + kTileVectors * W <= columns; at += kTileVectors * W) {
-    tile_column<kTileVectors, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep, fade ? fade + at : nullptr);
+    tile_column<kTileVectors, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row,
+                                       keep, fade ? fade + at : nullptr);
   }
   if constexpr (kTileVectors > 2) {
     if (at + 2 * W <= columns) {
-      tile_column<2, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep, fade ? fade + at : nullptr);
+      tile_column<2, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
+                              fade ? fade + at : nullptr);
       at += 2 * W;
     }
   }
   if (at < columns) {
-    tile_column<1, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep, fade ? fade + at : nullptr);
+    tile_column<1, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
+                            fade ? fade + at : nullptr);
   }
 }
 
