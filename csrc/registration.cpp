@@ -75,4 +75,5 @@ PYBIND11_MODULE(_C, m) {
         "How often the CPU kernels allocated scratch memory so far.");
   softprompt_fast::bind_merge_states(m);
   softprompt_fast::bind_prefix_attention(m);
+  softprompt_fast::bind_prompt_concat(m);
 }

@@ -25,6 +25,10 @@ struct Tensor {
 
 struct PrefixAttention;  // prefix_attention.h
 struct MergeStates;      // merge_states.h
+struct MergeStatesGrad;
+struct PromptConcat;  // prompt_concat.h
+struct PromptConcatGrad;
+struct PromptGradTask;
 
 struct Kernels {
   const char* isa;
@@ -32,7 +36,12 @@ struct Kernels {
   // One task of the plan (see prefix_attention.h); scratch is the thread's own.
   void (*prefix_attention)(const PrefixAttention& op, int64_t task, float* scratch);
   void (*prefix_attention_merge)(const PrefixAttention& op, int64_t block, float* scratch);
+  // Runs of rows, slots or tokens first..last-1; see the ops' headers.
   void (*merge_states)(const MergeStates& op, int64_t first, int64_t last);
+  void (*merge_states_backward)(const MergeStatesGrad& op, int64_t first, int64_t last);
+  int64_t (*prompt_concat)(const PromptConcat& op, int64_t first, int64_t last);
+  void (*prompt_concat_grad_prompt)(const PromptConcatGrad& op, const PromptGradTask& task);
+  void (*prompt_concat_grad_tokens)(const PromptConcatGrad& op, int64_t first, int64_t last);
 };
 
 // Those compiled into this binary; null where the processor's family has no such instruction set.
