@@ -322,8 +322,8 @@ def _check_structure(base: PreTrainedModel) -> None:
         _expect_children("its mlp", layer.mlp, _MLP)
         linears = [getattr(layer.self_attn, name) for name in _ATTENTION]
         linears += [getattr(layer.mlp, name) for name in _MLP - {"act_fn"}]
-        if other := [type(m).__name__ for m in linears if type(m) is not nn.Linear]:
-            raise _UnservedError(f"its projections are no nn.Linear but {other[0]}")
+        if other := [type(m) for m in linears if type(m) is not nn.Linear]:
+            raise _UnservedError(f"a projection is no nn.Linear but a {other[0].__module__}.{other[0].__qualname__}")
         if getattr(layer.self_attn, "layer_idx", None) != i or not hasattr(layer.self_attn, "head_dim"):
             raise _UnservedError("its attention layers are not numbered in order, or name no head_dim")
 
@@ -391,6 +391,9 @@ def _available_memory() -> int:
 
 _PREFIX, _OWN = 3, 4
 _TOLERANCE = 1e-5
+#: Deep models amplify rounding: another order of summation moved SmolLM2-135M's logits by 3e-6, one rounding of its
+#: embeddings alone by up to 5e-6. So a base is allowed this many times what such a rounding does to it.
+_NOISE = 8
 
 
 def _probe_context(base: PreTrainedModel) -> hooks.PrefixContext:
@@ -441,24 +444,26 @@ def _prove(base: PreTrainedModel, decoder: FusedDecoder) -> None:
     limit = hooks.position_limit(base)
     last = (limit.positions if limit is not None else 1 << 15) - 1
     own = (torch.arange(_OWN) - context.own_start[:, None]).clamp(min=0)
+    positions, far = _PREFIX + own, torch.tensor([[last], [last - 1]])
     caches = [OwnTokenCache(layers), OwnTokenCache(layers)]
 
-    prefill = {"input_ids": ids[:, :_OWN], "position_ids": _PREFIX + own}
-    expected = _run_base(base, context, caches[0], **prefill)
-    found = decoder(decoder.embed(prefill["input_ids"]), prefill["position_ids"], context, caches[1])
-    _compare(found[0], expected[0])
-    _compare(found[1, 2:], expected[1, 2:])
+    expected = _run_base(base, context, caches[0], input_ids=ids[:, :_OWN], position_ids=positions)
+    embeds = decoder.embed(ids)
+    nearby = embeds[:, :_OWN] * (1 + torch.finfo(torch.float32).eps)
+    nearby = _run_base(base, context, OwnTokenCache(layers), inputs_embeds=nearby, position_ids=positions)
+    allowed = max(_TOLERANCE, _NOISE * max(_distance(nearby[0], expected[0]), _distance(nearby[1, 2:], expected[1, 2:])))
+    found = decoder(embeds[:, :_OWN], positions, context, caches[1])
+    errors = [_distance(found[0], expected[0]), _distance(found[1, 2:], expected[1, 2:])]
 
-    step = {"inputs_embeds": decoder.embed(ids[:, _OWN:]), "position_ids": torch.tensor([[last], [last - 1]])}
-    expected = _run_base(base, context, caches[0], **step)
-    found = decoder(step["inputs_embeds"].clone(), step["position_ids"], context, caches[1], 1)
-    _compare(found, expected)
+    expected = _run_base(base, context, caches[0], inputs_embeds=embeds[:, _OWN:].clone(), position_ids=far)
+    errors.append(_distance(decoder(embeds[:, _OWN:], far, context, caches[1], 1), expected))
+    if not max(errors) <= allowed:
+        raise _UnservedError(f"its logits differ from the fused pass by {max(errors):.1e} of the largest")
 
 
-def _compare(found: Tensor, expected: Tensor) -> None:
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error <= _TOLERANCE:
-        raise _UnservedError(f"its logits differ from the fused pass by {error:.1e} of the largest")
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 # ---- when it serves --------------------------------------------------------------------------------------------------
