@@ -93,7 +93,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 type(base).__name__,
                 self._why_expanded,
             )
-        self._fused = LazyDecoder(base, backend)
+        self._fused = LazyDecoder(base)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -234,10 +234,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         keep = 0 if all_logits else 1
         if self._why_expanded is not None:
             return expanded.run_prompt(self.base, embeds, keep)
-        if (fused := self._fused.serving(embeds)) is not None:
+        context = hooks.PrefixContext(None, None, backend=self.backend)
+        if (fused := self._fused.serving(embeds, context, None)) is not None:
             cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-            logits = fused(embeds, positions, hooks.PrefixContext(None, None), cache, keep)
+            logits = fused(embeds, positions, context, cache, keep)
             return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], logits
         capture = hooks.CaptureContext()
         out = self.base(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, **{hooks.KEYWORD: capture})
@@ -827,7 +828,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         rows = batch * max(config.num_beams or 1, config.num_return_sequences or 1)
         if not plain or config.return_dict_in_generate:
             return False
-        return heuristics.copy_prefix(rows, max(packed.lengths), isinstance(self._fused.get(), FusedDecoder))
+        return heuristics.copy_prefix(
+            rows, max(packed.lengths), isinstance(self._fused.get(self.backend), FusedDecoder)
+        )
 
     def _generate_from_prompt(self, batch: int, **kwargs: Any) -> Any:
         """With no own token, one padding position stands in for them; its logits are the prefix's prediction."""
@@ -902,7 +905,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             path, backend, reason = "expanded prefix", "transformers", self._why_expanded
         else:
             backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
-            fused = self._fused.get() if backend == "cpu" else None
+            fused = self._fused.get(self.backend) if backend == "cpu" else None
             if isinstance(fused, FusedDecoder):
                 path, note = "shared prefix, fused decoder", str(fused)
             elif fused is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,16 @@ logger = logging.getLogger("softprompt_fast")
 #: 1: keep packed weights however little memory is left; 0: never.
 PACK_VARIABLE = "SOFTPROMPT_FAST_PACK_WEIGHTS"
 
+_SLEEPING = "transformers.utils.output_capturing"
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 class _UnservedError(Exception):
@@ -84,7 +89,8 @@ class FusedDecoder:
         from softprompt_fast.backends.cpu import _linear, prefix_attention, prompt_qkv
 
         self._linear, self._gated_mlp = _linear.linear, _linear.gated_mlp
-        self._into_cache, self._attend = prompt_qkv.into_cache, prefix_attention.forward
+        self._into_cache = prompt_qkv.into_cache
+        self._attend: Callable[..., tuple[Tensor, Tensor]] = prefix_attention.forward
         self._state = _BaseState(base)
         decoder: Any = base.model
         self.embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
@@ -104,10 +110,8 @@ class FusedDecoder:
             attention, mlp = module.self_attn, module.mlp
             if asked["s_aux"] is not None:
                 raise _UnservedError("its attention has sinks")
-            widths = {attention.k_proj.out_features, attention.v_proj.out_features}
-            if widths != {self._kv_heads * self._head_dim} or attention.head_dim != self._head_dim:
-                raise _UnservedError("its layers' heads differ")
-            if attention.q_proj.out_features != self._q_heads * self._head_dim:
+            found = [getattr(attention, name).out_features for name in ("q_proj", "k_proj", "v_proj")]
+            if found != [heads * self._head_dim for heads in (self._q_heads, self._kv_heads, self._kv_heads)]:
                 raise _UnservedError("its layers' heads differ")
             if _activation(mlp.act_fn) != self._activation:
                 raise _UnservedError("its layers' activations differ")
@@ -134,10 +138,19 @@ class FusedDecoder:
         """Why the base no longer computes what was planned; None where it does. Some tens of microseconds."""
         return self._state.changed()
 
-    @property
-    def needs_grad(self) -> bool:
-        """Whether a weight of the base requires grad."""
-        return any(p.requires_grad for p in self._state.parameters)
+    def why_not_these(self, embeds: Tensor | None, prefix: Sequence[Tensor]) -> str | None:
+        """Why the kernels, which trust their pointers, can't take a call's embeddings and prefixes; None: they can."""
+        given = prefix if embeds is None else [embeds, *prefix]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self._state.parameters)):
+            return "the call is differentiated"
+        for x in given:
+            if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+                return f"it takes float32 tensors on the CPU, found {type(x).__name__} of {x.dtype} on {x.device}"
+        if embeds is not None and embeds.shape[2] != self._norm.weight.shape[0]:
+            return f"its embeddings have {self._norm.weight.shape[0]} features, found {embeds.shape[2]}"
+        if prefix and any(x.shape != (self._kv_heads, prefix[0].shape[1], self._head_dim) for x in prefix):
+            return f"a prefix has {self._kv_heads} heads of {self._head_dim}, found another shape"
+        return None
 
     def __str__(self) -> str:
         if self._packed_bytes == 0:
@@ -163,8 +176,13 @@ class FusedDecoder:
 
         Returns:
             Logits ``[B, kept, V]``.
+
+        Raises:
+            ValueError: the shape of `positions`, or a value in `context`, does not fit.
         """
         batch, length, width = hidden.shape
+        if positions.shape not in ((1, length), (batch, length)):
+            raise ValueError(f"position_ids: expected shape {(batch, length)}, found {tuple(positions.shape)}")
         cos, sin = self._rotary(hidden, positions)
         x = hidden.reshape(batch * length, width)
         shape = (batch, self._kv_heads, length, self._head_dim)
@@ -212,7 +230,7 @@ class FusedDecoder:
         x = x.view(batch, length, width)
         kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = self._linear(kept.reshape(-1, width), self._head, norm=self._norm)
-        return logits.view(batch, kept.shape[1], -1)
+        return logits.view(batch, kept.shape[1], self._head.out_features)
 
 
 def _checked_rows(context: hooks.PrefixContext, batch: int, own: int, packed: int) -> tuple[Tensor | None, ...]:
@@ -251,8 +269,14 @@ class _BaseState:
         steps = optimizer_steps() if any(p.requires_grad for p in self.parameters) else 0
         return steps, [p.data_ptr() for p in self.parameters], [p._version for p in self._counted]
 
+    def _is_hooked(self) -> bool:
+        # Once asked for hidden states, transformers leaves its hooks in place; they sleep until it is asked again.
+        tables = [table for table in self._hooks if table]
+        return any(getattr(hook, "__module__", "") != _SLEEPING for table in tables for hook in table.values())
+
     def changed(self) -> str | None:
-        if any(self._hooks) or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        """What changed, in words; None if nothing did."""
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or self._is_hooked():
             return "a module of the base has forward hooks"
         if any("forward" in attributes for attributes in self._attributes):
             return "a module of the base has a forward of its own"
@@ -276,7 +300,7 @@ def _has_dropout(base: PreTrainedModel) -> bool:
     return any(isinstance(value, float) and value > 0.0 for value in named)
 
 
-# ---- recognising a base ----------------------------------------------------------------------------------------------
+# ---- recognising a base ---------------------------------------------------------------------------------------------
 
 
 def plan(base: PreTrainedModel) -> FusedDecoder | str:
@@ -302,10 +326,7 @@ def plan(base: PreTrainedModel) -> FusedDecoder | str:
 
 
 def _check_structure(base: PreTrainedModel) -> None:
-    state = _BaseState(base)
-    if (why := state.changed()) is not None:
-        raise _UnservedError(why)
-    for p in state.parameters:
+    for p in base.parameters():
         if p.device.type != "cpu" or p.dtype != torch.float32 or type(p) not in (nn.Parameter, Tensor):
             found = f"{str(p.dtype).removeprefix('torch.')} on {p.device}"
             raise _UnservedError(f"it takes float32 weights on the CPU, found {found}")
@@ -387,7 +408,7 @@ def _available_memory() -> int:
         return available
 
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
+# ---- the proof ------------------------------------------------------------------------------------------------------
 
 _PREFIX, _OWN = 3, 4
 _TOLERANCE = 1e-5
@@ -398,7 +419,7 @@ _NOISE = 8
 
 def _probe_context(base: PreTrainedModel) -> hooks.PrefixContext:
     """Two rows behind a random prefix, the second one padded on the left."""
-    attention = base.model.layers[0].self_attn  # type: ignore[union-attr]
+    attention = base.model.layers[0].self_attn
     head_dim = int(attention.head_dim)
     generator = torch.Generator().manual_seed(0)
     layers = range(hooks.num_attention_layers(base))
@@ -451,7 +472,9 @@ def _prove(base: PreTrainedModel, decoder: FusedDecoder) -> None:
     embeds = decoder.embed(ids)
     nearby = embeds[:, :_OWN] * (1 + torch.finfo(torch.float32).eps)
     nearby = _run_base(base, context, OwnTokenCache(layers), inputs_embeds=nearby, position_ids=positions)
-    allowed = max(_TOLERANCE, _NOISE * max(_distance(nearby[0], expected[0]), _distance(nearby[1, 2:], expected[1, 2:])))
+    allowed = max(
+        _TOLERANCE, _NOISE * max(_distance(nearby[0], expected[0]), _distance(nearby[1, 2:], expected[1, 2:]))
+    )
     found = decoder(embeds[:, :_OWN], positions, context, caches[1])
     errors = [_distance(found[0], expected[0]), _distance(found[1, 2:], expected[1, 2:])]
 
@@ -466,18 +489,14 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-# ---- when it serves --------------------------------------------------------------------------------------------------
+# ---- when it serves -------------------------------------------------------------------------------------------------
 
 
 class LazyDecoder:
-    """The fused decoder of one model, planned at the first call that could use it. Thread-safe.
+    """The fused decoder of one base, planned at the first call that could use it. Thread-safe."""
 
-    Args:
-        base: its base; `backend`: the backend that the model asks for.
-    """
-
-    def __init__(self, base: PreTrainedModel, backend: str | None) -> None:
-        self._base, self._backend = base, backend
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
         self._lock = threading.Lock()
         self._plan: FusedDecoder | str | None = None
         self._told: set[str] = set()
@@ -486,9 +505,9 @@ class LazyDecoder:
         """Plan anew: the base's weights, dtype, device or modules changed."""
         self._plan = None
 
-    def get(self) -> FusedDecoder | str:
+    def get(self, backend: str | None) -> FusedDecoder | str:
         """What serves a plain inference call now, or the reason why the decoder is not fused."""
-        if (name := requested(self._backend)) not in ("auto", "cpu"):
+        if (name := requested(backend)) not in ("auto", "cpu"):
             return f"backend {name!r} is asked for"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
@@ -497,8 +516,11 @@ class LazyDecoder:
             with self._lock:
                 known = self._plan
                 if known is None:
+                    # Reasons that pass are not kept.
                     if self._base.training and (hooks.drops_cache(self._base) or _has_dropout(self._base)):
                         return "the base is in training mode"
+                    if (why := _BaseState(self._base).changed()) is not None:
+                        return why
                     known = self._plan = plan(self._base)
         if isinstance(known, FusedDecoder) and (why := known.why_not_now()) is not None:
             return why
@@ -507,46 +529,40 @@ class LazyDecoder:
     def serving(
         self,
         embeds: Tensor | None,
-        context: hooks.PrefixContext | None = None,
-        cache: Cache | None = None,
+        context: hooks.PrefixContext,
+        cache: Cache | None,
         options: Mapping[str, Any] | None = None,
     ) -> FusedDecoder | None:
         """The fused decoder if it can serve this call; else None, and the reason is logged once.
 
         Args:
-            embeds: the caller's embeddings, None for token ids. context: what the call attends to. cache: as
-            ``adopt`` leaves it. options: further keyword arguments for the base.
+            embeds: the caller's embeddings, None for token ids.
+            context: what the call attends to, and the backend it asks for.
+            cache: as ``adopt`` leaves it.
+            options: further keyword arguments for the base.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
             return None
-        found = self.get()
-        if isinstance(found, FusedDecoder):
-            why = _why_not_this_call(found, embeds, context, cache, options or {})
-            if why is None:
-                return found
-        else:
-            why = found
-        if why not in self._told:
+        found = self.get(context.backend)
+        why = found if isinstance(found, str) else _why_not_this_call(found, embeds, context, cache, options or {})
+        if why is None and isinstance(found, FusedDecoder):
+            return found
+        if why is not None and why not in self._told:
             self._told.add(why)
             logger.info("%s: the decoder is not fused: %s", type(self._base).__name__, why)
         return None
 
+
 def _why_not_this_call(
     decoder: FusedDecoder,
     embeds: Tensor | None,
-    context: hooks.PrefixContext | None,
+    context: hooks.PrefixContext,
     cache: Cache | None,
     options: Mapping[str, Any],
 ) -> str | None:
-    prefix = [] if context is None or context.keys is None else [*context.keys, *(context.values or ())]
-    given = prefix if embeds is None else [embeds, *prefix]
-    if torch.is_grad_enabled() and (decoder.needs_grad or any(x.requires_grad for x in given)):
-        return "the call is differentiated"
-    if other := [x for x in given if x.dtype != torch.float32 or x.device.type != "cpu"]:
-        return f"it takes float32 on the CPU, found {other[0].dtype} on {other[0].device}"
     if asked := [name for name, value in options.items() if value is not None and value is not False]:
         return f"the call asks for {', '.join(asked)}"
     for layer in () if cache is None else cache.layers:
         if type(layer) not in (GrowingLayer, StaticLayer):
             return f"the cache has a {type(layer).__name__}"
-    return None
+    return decoder.why_not_these(embeds, [*(context.keys or ()), *(context.values or ())])
