@@ -29,6 +29,12 @@ def _count_optimizer_step(*_: object) -> None:
 
 register_optimizer_step_post_hook(_count_optimizer_step)
 
+
+def optimizer_steps() -> int:
+    """Steps that ``torch.optim`` optimizers made in this process."""
+    return _optimizer_steps
+
+
 #: A prompt as a row asks for it: its name, and the task of a multitask prompt.
 RowPrompt = tuple[str, int | None]
 

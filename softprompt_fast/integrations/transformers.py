@@ -42,7 +42,8 @@ class PrefixContext:
         query_start: int32 ``[B]``, own position of a row's first query (None: T - S, see ``prefix_attention``).
         causal: False in encoders.
         backend: backend to force, None for "auto".
-        windows: the sliding window of each layer that asked for its prefix, filled only while a model is probed.
+        options: what each layer that asked for its prefix wants of attention besides (``scaling``, ``sliding_window``,
+            ``softcap``, ``s_aux``), filled only while a model is probed.
     """
 
     keys: tuple[torch.Tensor, ...] | None
@@ -54,7 +55,7 @@ class PrefixContext:
     query_start: torch.Tensor | None = None
     causal: bool = True
     backend: str | None = None
-    windows: dict[int, int | None] | None = None
+    options: dict[int, dict[str, Any]] | None = None
 
 
 @dataclass
@@ -114,8 +115,9 @@ def _shared_prefix(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if context.windows is not None:
-        context.windows[module.layer_idx] = sliding_window
+    if context.options is not None:
+        asked = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        context.options[module.layer_idx] = asked
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
     if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
         # The op has no dropout and returns no weights: expand the prefix and let the original do it.
