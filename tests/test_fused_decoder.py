@@ -565,12 +565,13 @@ def test_packing_follows_memory_and_environment(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(fused_decoder, "_available_memory", lambda available=available: available)
         if variable is not None:
             monkeypatch.setenv(fused_decoder.PACK_VARIABLE, variable)
-        note = spf.explain(make_model()).note
-        assert note.startswith("fused decoder, packed weights" if packed else "fused decoder, weights not packed")
+        told = str(spf.explain(make_model()))
+        assert ("fused decoder, packed weights" in told) == packed
+        assert ("more than a quarter of the available memory" in told) == (not packed)
     monkeypatch.setenv(fused_decoder.PACK_VARIABLE, "0")
     monkeypatch.setattr(fused_decoder, "_available_memory", lambda: 1 << 60)
     model = make_model()
-    assert "weights not packed" in str(model.explain())
+    assert "SOFTPROMPT_FAST_PACK_WEIGHTS=0" in str(model.explain())
     assert_same_logits(
         model(ROWS[1][None], prompt="a").logits, switch_off(make_model())(ROWS[1][None], prompt="a").logits
     )

@@ -307,8 +307,8 @@ def plan(base: PreTrainedModel) -> FusedDecoder | str:
     Raises:
         ValueError: the environment variable SOFTPROMPT_FAST_PACK_WEIGHTS is neither 0 nor 1.
     """
-    if not _packs(base):
-        return "a packed copy of its weights would take more than a quarter of the available memory"
+    if (unpacked := _why_not_packed(base)) is not None:
+        return unpacked
     # What is kept for later calls must not be inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         try:
@@ -383,13 +383,15 @@ def _activation(module: Any) -> str:
     raise _UnservedError(f"activation {type(module).__name__} is not one of {', '.join(_ACTIVATIONS)}")
 
 
-def _packs(base: PreTrainedModel) -> bool:
+def _why_not_packed(base: PreTrainedModel) -> str | None:
     if (wanted := os.environ.get(PACK_VARIABLE)) is not None:
         if wanted not in ("0", "1"):
             raise ValueError(f"environment {PACK_VARIABLE}: expected 0 or 1, found {wanted!r}")
-        return wanted == "1"
+        return None if wanted == "1" else f"{PACK_VARIABLE}=0"
     linears = [module.weight.nbytes for module in base.modules() if type(module) is nn.Linear]
-    return heuristics.pack_weights(sum(linears), _available_memory())
+    if heuristics.pack_weights(sum(linears), _available_memory()):
+        return None
+    return "a packed copy of its weights would take more than a quarter of the available memory"
 
 
 def _available_memory() -> int:
