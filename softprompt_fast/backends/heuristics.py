@@ -46,8 +46,8 @@ def copy_prefix(rows: int, virtual_tokens: int, fused: bool) -> bool:
 def pack_weights(weight_bytes: int, available_bytes: int) -> bool:
     """Whether the fused decoder keeps a second copy of the weights, laid out for the C++ product.
 
-    Example: 538 MB of weights and 8 GB available: packed, for they take at most a quarter. 3 GB of weights: not, and the
-    base keeps its own pass.
+    Example: 538 MB of weights and 8 GB available: packed, for they take at most a quarter. 3 GB of weights: not,
+    and the base keeps its own pass.
     """
     return 4 * weight_bytes <= available_bytes
 
