@@ -2,6 +2,7 @@
 // All kernels of one instruction set; the body of every isa_*.cpp.
 #pragma once
 
+#include "linear_kernel.h"
 #include "merge_states_kernel.h"
 #include "prefix_attention_backward_kernel.h"
 #include "prefix_attention_kernel.h"
@@ -14,6 +15,11 @@ const Kernels kKernels = {
     W,
     prefix_attention,
     prefix_attention_merge,
+    pack_panel,
+    norm_rows,
+    linear,
+    gated_linear,
+    qkv_linear,
     prefix_attention_backward,
     prefix_attention_backward_sum,
     merge_states,

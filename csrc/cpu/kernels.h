@@ -23,7 +23,12 @@ struct Tensor {
   void* at(int64_t offset) const { return (char*)data + offset * size_of(dtype); }
 };
 
-struct PrefixAttention;          // prefix_attention.h
+struct PrefixAttention;  // prefix_attention.h
+struct GatedLinear;      // linear.h
+struct Linear;
+struct NormRows;
+struct QkvLinear;
+
 struct PrefixAttentionBackward;  // prefix_attention_backward.h
 struct MergeStates;              // merge_states.h
 
@@ -33,6 +38,13 @@ struct Kernels {
   // One task of the plan (see prefix_attention.h); scratch is the thread's own.
   void (*prefix_attention)(const PrefixAttention& op, int64_t task, float* scratch);
   void (*prefix_attention_merge)(const PrefixAttention& op, int64_t block, float* scratch);
+  void (*pack_panel)(const Tensor& w, int64_t rows, int64_t columns, void* panel);
+  void (*norm_rows)(const NormRows& op, int64_t first, int64_t last, float* scratch);
+  void (*linear)(const Linear& op, int64_t first, int64_t last, int64_t row, int64_t rows,
+                 float* scratch);
+  void (*gated_linear)(const GatedLinear& op, int64_t first, int64_t last, int64_t row,
+                       int64_t rows, float* scratch);
+  void (*qkv_linear)(const QkvLinear& op, int64_t head, int64_t row, int64_t rows, float* scratch);
   void (*prefix_attention_backward)(const PrefixAttentionBackward& op, int64_t task,
                                     float* scratch);
   void (*prefix_attention_backward_sum)(const PrefixAttentionBackward& op, int64_t task,

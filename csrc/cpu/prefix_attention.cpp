@@ -13,7 +13,7 @@ namespace softprompt_fast {
 namespace {
 
 constexpr int64_t kMaxBlock = 96;  // queries: their scores, states and a key block fit the L2 cache
-constexpr int64_t kMinBlock = 48;  // below, transposing the keys once a block would show
+constexpr int64_t kMinBlock = 48;  // below, reading the keys once a block would show
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -21,20 +21,22 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 PrefixAttentionPlan plan_prefix_attention(int64_t stacked, int64_t per_row, int64_t kv_heads,
                                           int64_t keys, int threads) {
-  // Whole rows where they fit, so that a row's own keys are read by one block.
-  const auto fit = [&](int64_t size) {
-    if (per_row > size) return ceil_div(per_row, ceil_div(per_row, size));
-    return std::min(stacked, size / per_row * per_row);
+  // A block holds whole rows where they fit, so that a row's own keys are read once; else equal
+  // parts of one row, in multiples of the vectors' lanes.
+  const bool whole_rows = per_row <= kMaxBlock;
+  const int64_t unit = whole_rows ? stacked : per_row, step = whole_rows ? per_row : kMaxLanes;
+  const auto size_of = [&](int64_t blocks) {
+    return ceil_div(ceil_div(unit, blocks), step) * step;
+  };
+  const auto tasks_of = [&](int64_t size) {
+    return kv_heads * ceil_div(unit, size) * ceil_div(stacked, unit);
   };
   const auto even = [&](int64_t tasks) {
     return tasks >= 4 * threads || (tasks >= threads && tasks % threads == 0);
   };
-  int64_t size = fit(kMaxBlock);
-  for (int64_t blocks = ceil_div(stacked, size) + 1;
-       stacked / blocks >= kMinBlock && !even(kv_heads * ceil_div(stacked, size)); ++blocks) {
-    size = fit(ceil_div(stacked, blocks));
-  }
-  const int64_t tasks = kv_heads * ceil_div(stacked, size);
+  int64_t blocks = ceil_div(unit, kMaxBlock), size = size_of(blocks);
+  while (!even(tasks_of(size)) && unit / (blocks + 1) >= kMinBlock) size = size_of(++blocks);
+  const int64_t tasks = tasks_of(size);
   if (even(tasks)) return {size, 1};
   const int64_t splits = std::min(ceil_div(4 * threads, tasks), keys / (2 * kKeyBlock));
   return {size, std::max<int64_t>(splits, 1)};
@@ -93,8 +95,11 @@ void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, 
   for (const int64_t end : placed.ends) {
     const int64_t stacked = (end - begin) * per_row;
     for (int64_t head = 0; head < op.kv_heads; ++head) {
-      for (int64_t first = 0; first < stacked; first += plan.block_size) {
-        blocks.push_back({begin, first, std::min(plan.block_size, stacked - first), head});
+      for (int64_t first = 0, count; first < stacked; first += count) {
+        count = std::min(plan.block_size, stacked - first);
+        // A block that holds no whole row ends with its row.
+        if (per_row > plan.block_size) count = std::min(count, per_row - first % per_row);
+        blocks.push_back({begin, first, count, head});
       }
     }
     begin = end;

@@ -217,20 +217,11 @@ SOFTPROMPT_FAST_INLINE void write_gradients(const PrefixAttentionBackward& op, b
 inline void differentiate_prefix(const PrefixAttention& op, const QueryBlock& block,
                                  const GradientScratch& scratch, float* grads) {
   const RowView& any = op.views[block.row_begin];
-  const Tensor &k = op.prefix_key, &v = op.prefix_value;
-  KeyRun run = {};
-  run.prefix = true;
-  run.dtype = k.dtype;
-  run.key_row = k.stride[1], run.key_col = k.stride[2];
-  run.value_row = v.stride[1], run.value_col = v.stride[2];
   int64_t first = any.prefix_size;
   for (int64_t u = 0; u < block.count; ++u) first = min64(first, scratch.views[u].prefix);
   for (int64_t at = first; at < any.prefix_size; at += kKeyBlock) {
-    const int64_t entry = any.prefix_first + at;
-    run.key = k.at(block.kv_head * k.stride[0] + entry * k.stride[1]);
-    run.value = v.at(block.kv_head * v.stride[0] + entry * v.stride[1]);
-    run.first = run.bias_column = at;
-    run.count = min64(kKeyBlock, any.prefix_size - at);
+    const int64_t count = min64(kKeyBlock, any.prefix_size - at);
+    const KeyRun run = prefix_run(op, block.kv_head, any, at, count);
     differentiate_run(op, block, run, 0, block.count, scratch,
                       grads + at * gradient_width(op.head_dim, op.v_dim));
   }
@@ -240,22 +231,13 @@ inline void differentiate_prefix(const PrefixAttention& op, const QueryBlock& bl
 inline void differentiate_own(const PrefixAttention& op, const QueryBlock& block, int64_t begin,
                               int64_t end, const GradientScratch& scratch, float* grads) {
   const int64_t row = op.views[scratch.views[begin].view].row;
-  const Tensor &k = op.key, &v = op.value;
-  KeyRun run = {};
-  run.dtype = k.dtype;
-  run.key_row = k.stride[2], run.key_col = k.stride[3];
-  run.value_row = v.stride[2], run.value_col = v.stride[3];
   int64_t first = op.own, last = 0;
   for (int64_t u = begin; u < end; ++u) {
     first = min64(first, scratch.views[u].own_first);
     last = max64(last, scratch.views[u].own_last);
   }
   for (int64_t at = first; at < last; at += kKeyBlock) {
-    run.key = k.at(row * k.stride[0] + block.kv_head * k.stride[1] + at * k.stride[2]);
-    run.value = v.at(row * v.stride[0] + block.kv_head * v.stride[1] + at * v.stride[2]);
-    run.first = at;
-    run.bias_column = op.bias_columns + at;
-    run.count = min64(kKeyBlock, last - at);
+    const KeyRun run = own_run(op, block.kv_head, row, at, min64(kKeyBlock, last - at));
     differentiate_run(op, block, run, begin, end - begin, scratch,
                       grads + at * gradient_width(op.head_dim, op.v_dim));
   }
