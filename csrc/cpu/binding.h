@@ -66,5 +66,6 @@ void read_sizes(const pybind11::tuple& given, int64_t* const (&sizes)[N]) {
 void bind_prefix_attention(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_merge_states(pybind11::module_& module);
+void bind_prompt_concat(pybind11::module_& module);
 
 }  // namespace softprompt_fast
