@@ -24,18 +24,14 @@ from softprompt_fast.testing import (
     rows_of,
     visible,
 )
+from tests.isas import BACKENDS, using
 
 # ``ops.prefix_attention`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
 
-_C, WHY_NOT = native.load()
-BACKENDS = [
-    "torch",
-    pytest.param("cpu", marks=pytest.mark.skipif(_C is None, reason=f"C++ extension: {WHY_NOT}")),
-]
-needs_extension = BACKENDS[1].marks[0]
-# The same, and the C++ kernels of every instruction set that this machine runs.
-KERNELS = ["torch", *(("cpu", isa) for isa in _C.available_isas())] if _C is not None else BACKENDS
+EXTENSION, WHY_NOT = native.load()
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason=f"C++ extension: {WHY_NOT}")
+NAMES = ["torch", pytest.param("cpu", marks=needs_extension)]
 
 PACKED = {"prefix": 9, "prefix_offsets": [0, 4, 4, 9], "prefix_index": [2, -1, 0]}
 CASES: dict[str, dict] = {
@@ -109,19 +105,6 @@ SOME = (
 )
 
 
-@pytest.fixture(ids=lambda x: x if isinstance(x, str) else "-".join(x), params=KERNELS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend's name; for "cpu", one instruction set's kernels are in use."""
-    if isinstance(request.param, str):
-        yield request.param
-        return
-    backend, isa = request.param
-    before = _C.isa()
-    _C.use_isa(isa)
-    yield backend
-    _C.use_isa(before)
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -191,12 +174,13 @@ def test_reference_is_the_contract(name: str) -> None:
                     assert math.isclose(lse[b, h, i].item(), math.log(total), rel_tol=1e-12, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("served", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name: str, dtype: torch.dtype, kernels: str) -> None:
+def test_forward(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
     inputs = make(name, dtype)
-    with poisoned_memory():
-        out, lse = run(inputs, kernels)
+    with poisoned_memory(), using(served) as backend:
+        out, lse = run(inputs, backend)
     exact = inputs.to(torch.float64)
     oracle_out, oracle_lse = reference(*exact.tensors, **exact.options)
     base_out, base_lse = inputs.baseline()
@@ -219,7 +203,7 @@ Gradients = tuple[torch.Tensor, ...]
 def three_gradients(
     inputs: AttentionInputs, backend: str, use: tuple[int, ...] = (0, 1)
 ) -> tuple[Gradients, Gradients, Gradients]:
-    """Every gradient through the given results (out, lse): as found, in float64, and as PyTorch's operators have it."""
+    """Every gradient through the given results (out, lse): found, in float64, and as PyTorch's operators have it."""
     inputs.requires_grad_()
     exact = inputs.to(torch.float64).requires_grad_()
     plain = inputs.to(inputs.query.dtype).requires_grad_()
@@ -243,13 +227,15 @@ def check_gradients(inputs: AttentionInputs, backend: str, use: tuple[int, ...] 
     return found
 
 
+@pytest.mark.parametrize("served", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("no rows", "no queries", "no keys")])
-def test_gradients(name: str, dtype: torch.dtype, kernels: str) -> None:
-    check_gradients(make(name, dtype), kernels)
+def test_gradients(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
+    with using(served) as backend:
+        check_gradients(make(name, dtype), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", ["no rows", "no queries", "no keys"])
 def test_gradients_of_nothing(name: str, backend: str) -> None:
     inputs = make(name).requires_grad_()
@@ -259,7 +245,7 @@ def test_gradients_of_nothing(name: str, backend: str) -> None:
         assert x.shape == y.shape and not x.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("use", [(0,), (1,)], ids=["out", "lse"])
 @pytest.mark.parametrize("name", ["plain", "sinks decode window", "packed", "softcap"])
 def test_gradients_of_one_result(name: str, use: tuple[int, ...], backend: str) -> None:
@@ -323,7 +309,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", SOME)
 def test_opcheck(name: str, backend: str) -> None:
     inputs = make(name).requires_grad_()
@@ -334,7 +320,7 @@ def test_opcheck(name: str, backend: str) -> None:
     torch.library.opcheck(torch.ops.softprompt_fast.prefix_attention.default, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", SOME)
 def test_compiles_to_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
@@ -360,7 +346,7 @@ def test_automatic_choice_compiles() -> None:
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 def test_inductor(backend: str) -> None:
     torch._dynamo.reset()
     inputs = make("decode left padded")
@@ -369,7 +355,7 @@ def test_inductor(backend: str) -> None:
     assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 def test_no_recompilation(backend: str) -> None:
     """As a decode loop sees it: own tokens grow, and the batch changes between requests."""
     torch._dynamo.reset()
@@ -565,14 +551,14 @@ def test_scratch_leaves_no_trace(name: str) -> None:
     ],
 )
 def test_backward_plan(shape: tuple[int, int, int, int], plan: tuple[int, int, int]) -> None:
-    assert _C.plan_prefix_attention_backward(*shape) == plan
+    assert EXTENSION.plan_prefix_attention_backward(*shape) == plan
 
 
 @needs_extension
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 40), st.integers(1, 64))
 def test_backward_plan_is_sound(batch: int, per_row: int, kv_heads: int, threads: int) -> None:
-    block, rows, blocks = _C.plan_prefix_attention_backward(batch, per_row, kv_heads, threads)
+    block, rows, blocks = EXTENSION.plan_prefix_attention_backward(batch, per_row, kv_heads, threads)
     assert 0 < block <= 96 and (per_row > block or block % per_row == 0)
     assert 1 <= rows <= batch and (blocks == 0 or rows == 1)
     chunks = -(-batch // rows) * (1 if blocks == 0 else -(-per_row // (block * blocks)))
@@ -602,7 +588,7 @@ def test_unused_lse_and_frozen_inputs() -> None:
         torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 def test_autocast_does_not_round_inside(backend: str) -> None:
     inputs = make("softcap")
     want = run(inputs, backend)[0]
@@ -610,7 +596,7 @@ def test_autocast_does_not_round_inside(backend: str) -> None:
         assert torch.equal(run(inputs, backend)[0], want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 def test_bias_gradient_is_refused(backend: str) -> None:
     inputs = make("bias")
     inputs.options["bias"].requires_grad_()
@@ -757,7 +743,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"backend": "fast"}, "backend: expected 'auto' or one of .*, found 'fast'"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", [*NAMES, "reference"])
 def test_bad_input(change: dict, message: str, backend: str) -> None:
     inputs = attention_inputs()
     names = ("query", "key", "value", "prefix_key", "prefix_value")
