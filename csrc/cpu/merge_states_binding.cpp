@@ -9,32 +9,72 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kRows = 256;  // of one task
+// An `out` of 4 dimensions or an `lse` of 3: stride 0 where the caller's tensor has fewer.
+Tensor out_tensor(const char* name, py::handle given, DType dtype) {
+  const Tensor tensor = as_tensor(name, given, 4);
+  SOFTPROMPT_FAST_CHECK(tensor.dtype == dtype && dtype != DType::kInt8, name,
+                        ": expected the floating dtype of out_a");
+  return tensor;
+}
 
-void merge_states(py::handle out_a, int64_t lse_a, py::handle out_b, int64_t lse_b, py::handle out,
-                  int64_t lse, int64_t rows, int64_t v_dim, int threads) {
-  SOFTPROMPT_FAST_CHECK(rows >= 0 && v_dim >= 0, "sizes: expected none below 0, found ", rows, ", ",
-                        v_dim);
-  MergeStates op;
-  op.rows = rows;
-  op.v_dim = v_dim;
-  op.out_a = as_tensor("out_a", out_a, 0);
-  op.out_b = as_tensor("out_b", out_b, 0);
-  op.out = as_tensor("out", out, 0);
-  op.lse_a = reinterpret_cast<const float*>(lse_a);
-  op.lse_b = reinterpret_cast<const float*>(lse_b);
-  op.lse = reinterpret_cast<float*>(lse);
-  py::gil_scoped_release release;
-  const Kernels& isa = kernels();
-  parallel_for((rows + kRows - 1) / kRows, rows * v_dim < 1 << 15 ? 1 : threads,
+Tensor lse_tensor(const char* name, py::handle given) {
+  const Tensor tensor = as_tensor(name, given, 3);
+  SOFTPROMPT_FAST_CHECK(tensor.dtype == DType::kFloat32, name, ": expected float32");
+  return tensor;
+}
+
+void read_states(MergeStates& op, const py::tuple& sizes, py::handle out_a, py::handle lse_a,
+                 py::handle out_b, py::handle lse_b) {
+  int64_t* const size[] = {&op.size[0], &op.size[1], &op.size[2], &op.v_dim};
+  read_sizes(sizes, size);
+  op.out_a = as_tensor("out_a", out_a, 4);
+  op.out_b = out_tensor("out_b", out_b, op.out_a.dtype);
+  op.lse_a = lse_tensor("lse_a", lse_a);
+  op.lse_b = lse_tensor("lse_b", lse_b);
+}
+
+template <typename Op>
+void run(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int threads) {
+  constexpr int64_t kRows = 256;  // of one task
+  const int64_t rows = op.size[0] * op.size[1] * op.size[2];
+  parallel_for((rows + kRows - 1) / kRows, rows * op.v_dim < 1 << 15 ? 1 : threads,
                [&](int64_t task, int) {
                  const int64_t last = (task + 1) * kRows;
-                 isa.merge_states(op, task * kRows, last < rows ? last : rows);
+                 kernel(op, task * kRows, last < rows ? last : rows);
                });
+}
+
+void merge_states(const py::tuple& sizes, py::handle out_a, py::handle lse_a, py::handle out_b,
+                  py::handle lse_b, py::handle out, py::handle lse, int threads) {
+  MergeStates op = {};
+  read_states(op, sizes, out_a, lse_a, out_b, lse_b);
+  op.out = out_tensor("out", out, op.out_a.dtype);
+  op.lse = lse_tensor("lse", lse);
+  py::gil_scoped_release release;
+  run(op, kernels().merge_states, threads);
+}
+
+void merge_states_backward(const py::tuple& sizes, py::handle grad_out, py::handle grad_lse,
+                           py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
+                           py::handle grad_a, py::handle grad_lse_a, py::handle grad_b,
+                           py::handle grad_lse_b, int threads) {
+  MergeStatesGrad op = {};
+  read_states(op, sizes, out_a, lse_a, out_b, lse_b);
+  op.grad_out = out_tensor("grad_out", grad_out, op.out_a.dtype);
+  op.grad_lse = lse_tensor("grad_lse", grad_lse);
+  op.grad_a = out_tensor("grad_a", grad_a, op.out_a.dtype);
+  op.grad_b = out_tensor("grad_b", grad_b, op.out_a.dtype);
+  op.grad_lse_a = lse_tensor("grad_lse_a", grad_lse_a);
+  op.grad_lse_b = lse_tensor("grad_lse_b", grad_lse_b);
+  py::gil_scoped_release release;
+  run(op, kernels().merge_states_backward, threads);
 }
 
 }  // namespace
 
-void bind_merge_states(py::module_& module) { module.def("merge_states", &merge_states); }
+void bind_merge_states(py::module_& module) {
+  module.def("merge_states", &merge_states);
+  module.def("merge_states_backward", &merge_states_backward);
+}
 
 }  // namespace softprompt_fast

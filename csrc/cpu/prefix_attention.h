@@ -56,15 +56,16 @@ constexpr int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * k
 // A partial state: the weighted sum of values, then the running maximum and the sum of weights.
 constexpr int64_t partial_width(int64_t v_dim) { return padded(v_dim) + kMaxLanes; }
 
-// Floats of scratch that a task needs. One commented sum, see the kernel for the order.
+// Floats of scratch that a task needs, in the order of the kernel's Scratch.
 constexpr int64_t prefix_attention_scratch(int64_t block, int64_t head_dim, int64_t v_dim) {
-  return block * padded(head_dim)        // queries
-         + block * partial_width(v_dim)  // state
-         + block * kKeyBlock             // scores
-         + padded(head_dim) * kKeyBlock  // keys, transposed
-         + kKeyBlock * padded(head_dim)  // keys as floats
-         + kKeyBlock * padded(v_dim)     // values as floats
-         + block * 8;                    // each query's ranges of keys
+  return block * padded(head_dim)                                  // queries
+         + block * partial_width(v_dim)                            // state
+         + padded(block) * kKeyBlock                               // scores
+         + padded(head_dim) * kKeyBlock                            // keys, transposed
+         + kKeyBlock * padded(head_dim)                            // keys as floats
+         + kKeyBlock * padded(v_dim)                               // values as floats
+         + (padded(head_dim) + padded(v_dim) + 5) * padded(block)  // queries and state, stacked
+         + block * 8;                                              // each query's ranges of keys
 }
 
 // Values of an index tensor, int32 or int64, dense.

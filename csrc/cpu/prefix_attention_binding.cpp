@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "binding.h"
 #include "dispatch.h"
+#include "prefix_attention_backward.h"
 
 namespace softprompt_fast {
 namespace {
 
 namespace py = pybind11;
 
-void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
-                      py::handle prefix_value, py::handle out, int64_t lse, py::tuple sizes,
-                      py::tuple rows, double scale, bool causal, int64_t window, double softcap,
-                      int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
-                      int threads) {
+// What forward and backward have in common.
+PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
+                          py::handle prefix_value, py::handle out, int64_t lse,
+                          const py::tuple& sizes, double scale, bool causal, int64_t window,
+                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns) {
   PrefixAttention op = {};
   int64_t* const size[] = {&op.batch, &op.q_heads, &op.kv_heads, &op.queries,
                            &op.own,   &op.packed,  &op.head_dim, &op.v_dim};
@@ -36,6 +37,23 @@ void prefix_attention(py::handle query, py::handle key, py::handle value, py::ha
   op.bias = as_tensor("bias", bias, 4);
   op.bias_columns = bias_columns;
   op.scale_block = 1;
+  return op;
+}
+
+PrefixAttentionRows read_rows(const py::tuple& rows) {
+  SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
+  return {as_index("prefix_offsets", rows[0]), as_index("prefix_index", rows[1]),
+          as_index("own_start", rows[2]), as_index("own_end", rows[3]),
+          as_index("query_start", rows[4])};
+}
+
+void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
+                      py::handle prefix_value, py::handle out, int64_t lse, py::tuple sizes,
+                      py::tuple rows, double scale, bool causal, int64_t window, double softcap,
+                      int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
+                      int threads) {
+  PrefixAttention op = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes,
+                                 scale, causal, window, softcap, sinks, bias, bias_columns);
   if (!scales.is_none()) {
     const auto given = py::reinterpret_borrow<py::tuple>(scales);
     op.prefix_key_scale = reinterpret_cast<const float*>(given[0].cast<int64_t>());
@@ -45,19 +63,39 @@ void prefix_attention(py::handle query, py::handle key, py::handle value, py::ha
     SOFTPROMPT_FAST_CHECK(op.scale_block > 0, "scales: expected a block > 0, found ",
                           op.scale_block);
   }
-  SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
-  const PrefixAttentionRows indexes = {as_index("prefix_offsets", rows[0]),
-                                       as_index("prefix_index", rows[1]),
-                                       as_index("own_start", rows[2]), as_index("own_end", rows[3]),
-                                       as_index("query_start", rows[4])};
+  const PrefixAttentionRows indexes = read_rows(rows);
   py::gil_scoped_release release;
   run_prefix_attention(op, indexes, threads);
+}
+
+void prefix_attention_backward(py::handle query, py::handle key, py::handle value,
+                               py::handle prefix_key, py::handle prefix_value, py::handle out,
+                               int64_t lse, py::tuple sizes, py::tuple rows, double scale,
+                               bool causal, int64_t window, double softcap, int64_t sinks,
+                               py::handle bias, int64_t bias_columns, py::handle grad_out,
+                               int64_t grad_lse, py::tuple grads, int64_t delta, int threads) {
+  PrefixAttentionBackward op = {};
+  op.forward = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale,
+                         causal, window, softcap, sinks, bias, bias_columns);
+  op.grad_out = as_tensor("grad_out", grad_out, 4);
+  op.grad_lse = reinterpret_cast<const float*>(grad_lse);
+  SOFTPROMPT_FAST_CHECK(grads.size() == 5, "grads: expected 5 tensors, found ", grads.size());
+  op.grad_query = as_tensor("grad_query", grads[0], 4);
+  op.grad_key = as_tensor("grad_key", grads[1], 4);
+  op.grad_value = as_tensor("grad_value", grads[2], 4);
+  op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3);
+  op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3);
+  op.delta = reinterpret_cast<float*>(delta);
+  const PrefixAttentionRows indexes = read_rows(rows);
+  py::gil_scoped_release release;
+  run_prefix_attention_backward(op, indexes, threads);
 }
 
 }  // namespace
 
 void bind_prefix_attention(py::module_& module) {
   module.def("prefix_attention", &prefix_attention);
+  module.def("prefix_attention_backward", &prefix_attention_backward);
   module.def(
       "plan_prefix_attention",
       [](int64_t stacked, int64_t per_row, int64_t kv_heads, int64_t keys, int threads) {
@@ -65,6 +103,13 @@ void bind_prefix_attention(py::module_& module) {
         return std::make_pair(plan.block_size, plan.splits);
       },
       "Queries a block and runs of keys; see prefix_attention.h.");
+  module.def(
+      "plan_prefix_attention_backward",
+      [](int64_t batch, int64_t per_row, int64_t kv_heads, int threads) {
+        const auto plan = plan_prefix_attention_backward(batch, per_row, kv_heads, threads);
+        return std::make_tuple(plan.block_size, plan.chunk_rows, plan.row_blocks);
+      },
+      "Queries a block, rows a chunk and blocks a chunk; see prefix_attention_backward.h.");
 }
 
 }  // namespace softprompt_fast
