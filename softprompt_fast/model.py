@@ -141,7 +141,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             self.add_prompt(name, prompt, replace=replace)
 
     def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
-        """Put a prompt under `name`, on the base model's device. The first one becomes the active prompt.
+        """Put a prompt under `name`, on the base model's device and in its dtype; an int8 prefix
+        (:meth:`PrefixKV.quantize`) stays int8. The first one becomes the active prompt.
 
         Raises:
             ValueError: `name` is taken, or the prompt doesn't fit the base model (expected and found are named).
@@ -337,7 +338,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         for name in dict.fromkeys(name for name, _ in distinct):
             prompt = self._bank[name]
             if isinstance(prompt, PrefixKV):
-                compiled[name, None] = Compiled(prompt.keys, prompt.values, prompt.next_logits)
+                compiled[name, None] = Compiled.of(prompt)
                 continue
             wanted = [row for row in distinct if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
@@ -533,6 +534,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             own_end=own_end,
             query_start=query_start,
             backend=self.backend,
+            scales=None if packed is None else packed.scales,
         )
         positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
         positions = positions.to(device)

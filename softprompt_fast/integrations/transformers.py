@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
 from softprompt_fast.ops import prefix_attention
+from softprompt_fast.prefix_kv import Scales
 
 KEYWORD = "soft_prompt"
 _NAME = "softprompt_fast_"
@@ -44,6 +45,7 @@ class PrefixContext:
         backend: backend to force, None for "auto".
         options: what each layer that asked for its prefix wants of attention besides (``scaling``, ``sliding_window``,
             ``softcap``, ``s_aux``), filled only while a model is probed.
+        scales: of int8 keys and values; None: they are floating.
     """
 
     keys: tuple[torch.Tensor, ...] | None
@@ -56,6 +58,7 @@ class PrefixContext:
     causal: bool = True
     backend: str | None = None
     options: dict[int, dict[str, Any]] | None = None
+    scales: Scales | None = None
 
 
 @dataclass
@@ -124,6 +127,11 @@ def _shared_prefix(
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
         options = {name: option for name, option in options.items() if option is not None}
         return _expanded_attention(module, query, key, value, context, original, sliding_window, options)
+    scales: dict[str, Any] = {}
+    if context.scales is not None:
+        scales["prefix_key_scale"] = context.scales.keys[module.layer_idx]
+        scales["prefix_value_scale"] = context.scales.values[module.layer_idx]
+        scales["prefix_scale_block"] = context.scales.block
     out = prefix_attention(
         query,
         key,
@@ -141,6 +149,7 @@ def _shared_prefix(
         softcap=softcap,
         sinks=s_aux,
         backend=context.backend,
+        **scales,
     )
     return out.transpose(1, 2), None
 
@@ -166,6 +175,8 @@ def _expanded_attention(
     """The same attention with every row holding its own copy of all packed prefixes, and a dense mask."""
     batch, _, length, _ = query.shape
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    if context.scales is not None:
+        prefix_key, prefix_value = context.scales.dequantize(module.layer_idx, prefix_key, prefix_value, key.dtype)
     visible = dense_visibility(context, batch, length, key.shape[2], prefix_key.shape[1], sliding_window, query.device)
     keys = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
     values = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)

@@ -316,7 +316,8 @@ def test_opcheck(name: str, backend: str) -> None:
     o = {"causal": True, **inputs.options}
     names = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     args = [*inputs.tensors, *(o.get(n) for n in names), 0.25]
-    args += [o["causal"], o.get("sliding_window"), o.get("softcap"), o.get("sinks"), o.get("bias"), backend]
+    args += [o["causal"], o.get("sliding_window"), o.get("softcap"), o.get("sinks"), o.get("bias")]
+    args += [None, None, None, backend]
     torch.library.opcheck(torch.ops.softprompt_fast.prefix_attention.default, args)
 
 

@@ -38,6 +38,9 @@ def forward(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
@@ -46,6 +49,10 @@ def forward(
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
     rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
     sinks = _tensors.as_float(sinks)
+    key_scale, value_scale = _tensors.dense(prefix_key_scale), _tensors.dense(prefix_value_scale)
+    scales = None
+    if key_scale is not None and value_scale is not None:
+        scales = (key_scale.data_ptr(), value_scale.data_ptr(), key_scale.shape[1], prefix_scale_block)
     bias_view, bias_columns = None, 0
     if bias is not None:
         bias_columns = bias.shape[3] - own
@@ -67,7 +74,7 @@ def forward(
         0 if sinks is None else sinks.data_ptr(),
         bias_view,
         bias_columns,
-        None,
+        scales,
         torch.get_num_threads(),
     )
     return out, lse
