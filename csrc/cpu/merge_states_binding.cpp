@@ -18,9 +18,16 @@ void merge_states(py::handle out_a, int64_t lse_a, py::handle out_b, int64_t lse
   MergeStates op;
   op.rows = rows;
   op.v_dim = v_dim;
-  op.out_a = as_tensor("out_a", out_a, 0);
-  op.out_b = as_tensor("out_b", out_b, 0);
-  op.out = as_tensor("out", out, 0);
+  const bool used = rows > 0 && v_dim > 0;
+  op.out_a = as_tensor("out_a", out_a, 0, used);
+  op.out_b = as_tensor("out_b", out_b, 0, used);
+  op.out = as_tensor("out", out, 0, used);
+  check_floating("out_a", op.out_a);
+  check_dtype("out_b", op.out_b, op.out_a.dtype);
+  check_dtype("out", op.out, op.out_a.dtype);
+  SOFTPROMPT_FAST_CHECK((lse_a && lse_b && lse) || rows == 0,
+                        "lse_a, lse_b, lse: expected memory, found a null pointer");
+  check_threads(threads);
   op.lse_a = reinterpret_cast<const float*>(lse_a);
   op.lse_b = reinterpret_cast<const float*>(lse_b);
   op.lse = reinterpret_cast<float*>(lse);

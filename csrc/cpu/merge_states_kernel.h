@@ -14,7 +14,7 @@ inline void merge_states(const MergeStates& op, int64_t first, int64_t last) {
     const float highest = a > b ? a : b;
     float weight_a = 0.0f, weight_b = 0.0f;
     op.lse[row] = -infinity;
-    if (highest > -infinity) {  // else both states are empty
+    if (highest != -infinity) {  // else both states are empty; a NaN is no empty state
       weight_a = exp(splat(a - highest))[0];
       weight_b = exp(splat(b - highest))[0];
       op.lse[row] = highest + __builtin_logf(weight_a + weight_b);
