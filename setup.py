@@ -44,9 +44,11 @@ def give_up(missing: str) -> None:
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 ISA_FLAGS = {
     "isa_avx2.cpp": "-mavx2 -mfma -mf16c" if X86 else "",
-    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512" if X86 else "",
+    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    if X86
+    else "",
 }
-# Contraction: a * b + c is one FMA where there is one. No errno: nobody reads it, and it keeps functions from inlining.
+# Contraction: a * b + c is one FMA where there is one. No errno: nobody reads it, and it prevents inlining.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 
 

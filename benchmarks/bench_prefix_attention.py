@@ -1,83 +1,370 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prefix_attention against PyTorch's attention over the expanded prefix, on the CPU. Run it with
+"""prefix_attention on the CPU against PyTorch's own attention over the expanded prefix, fp32.
 
+    python benchmarks/bench_prefix_attention.py decode      # a batch; also the share of the machine's roofline
+    python benchmarks/bench_prefix_attention.py decode1     # a lone row
+    python benchmarks/bench_prefix_attention.py prefill     # also against FlexAttention, compiled
+    python benchmarks/bench_prefix_attention.py backward    # against autograd through the torch backend
+    python benchmarks/bench_prefix_attention.py sweep       # 240 shapes: does "auto" ever pick a slower backend?
     python -m pytest benchmarks/bench_prefix_attention.py --benchmark-group-by=param:shape
 
-A shape is timed only after its result was checked. Each row carries the bytes that have to move once, the arithmetic,
-and how much of both a second of the median got through.
+All but the last time systems that take turns, after their results were found to agree; see ``_harness.py``. "Warm":
+the same inputs again and again, as far as they fit in the caches. "Cold": as in a model of many layers, every call
+finds inputs that the caches no longer hold.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from _harness import (
+    Machine,
+    Systems,
+    backends,
+    fastest,
+    interleave,
+    milliseconds,
+    ratio,
+    show,
+    shown,
+    write_json,
+)
+from rich.table import Table
+from torch import Tensor
 
 from softprompt_fast import ops
-from softprompt_fast.testing import AttentionInputs, attention_inputs
+from softprompt_fast.testing import assert_within_noise
 
-# SmolLM2-135M's attention: 9 query heads over 3 key/value heads of 64.
-HEADS = {"q_heads": 9, "kv_heads": 3, "head_dim": 64}
-SHAPES = {
-    "decode B32 P512 T48": {"batch": 32, "queries": 1, "own": 48, "prefix": 512},
-    "decode B32 P2048 T48": {"batch": 32, "queries": 1, "own": 48, "prefix": 2048},
-    "decode B1 P100 T16": {"batch": 1, "queries": 1, "own": 16, "prefix": 100},
-    "prefill B32 P512 S16": {"batch": 32, "queries": 16, "own": 16, "prefix": 512},
-    "training B16 P100 S32": {"batch": 16, "queries": 32, "own": 32, "prefix": 100},
+COLD_BYTES = 128 << 20
+"""A system's inputs together, where they are to be cold: several times a last-level cache."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    queries: int
+    own: int
+    prefix: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return (
+            f"B{self.batch} S{self.queries} T{self.own} P{self.prefix} Hq{self.q_heads} Hkv{self.kv_heads} "
+            f"D{self.head_dim}"
+        )
+
+    @property
+    def flops(self) -> float:
+        """Of the two products, over the keys that causality leaves visible."""
+        keys = self.prefix + self.own - (self.queries - 1) / 2
+        return 4 * self.batch * self.q_heads * self.queries * keys * self.head_dim
+
+    @property
+    def moved(self) -> int:
+        """Bytes, every input read and the result written once."""
+        keys = self.kv_heads * (self.prefix + self.batch * self.own)
+        return 4 * 2 * self.head_dim * (keys + self.batch * self.q_heads * self.queries)
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Of the cache that holds a copy of the prefix for every row."""
+        return 4 * 2 * self.head_dim * self.batch * self.kv_heads * (self.prefix + self.own)
+
+    @property
+    def reference_bytes(self) -> int:
+        """What the reference holds at a time, about: keys and values repeated to all heads, and a few times the
+        scores."""
+        columns = self.batch * self.q_heads * (self.prefix + self.own)
+        return 4 * columns * (3 * self.head_dim + 4 * self.queries)
+
+
+# SmolLM2-135M's heads, then those of an 8B Llama or Mistral.
+SMALL = {"q_heads": 9, "kv_heads": 3, "head_dim": 64}
+LARGE = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
+WORKLOADS = {
+    "decode": [Shape(batch=32, queries=1, own=32, prefix=p, **SMALL) for p in (128, 512, 2048)],
+    "decode1": [Shape(batch=1, queries=1, own=32, prefix=p, **LARGE) for p in (512, 4096)],
+    "prefill": [Shape(batch=8, queries=128, own=128, prefix=512, **LARGE)],
+    "backward": [Shape(batch=8, queries=128, own=128, prefix=512, **LARGE)],
 }
 
 
-def expanded(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys and values as a cache with the prefix expanded holds them, and the mask that prefill needs."""
-    batch, _, queries, _ = inputs.query.shape
-    key = torch.cat([inputs.prefix_key.expand(batch, -1, -1, -1), inputs.key], 2)
-    value = torch.cat([inputs.prefix_value.expand(batch, -1, -1, -1), inputs.value], 2)
-    mask = torch.ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries) if queries > 1 else None
-    return key, value, mask
+def make_inputs(shape: Shape) -> tuple[Tensor, ...]:
+    """Query, key, value, prefix_key and prefix_value, laid out as the model hands them over."""
+    query = torch.randn(shape.batch, shape.queries, shape.q_heads, shape.head_dim).transpose(1, 2)
+    capacity = 2 * shape.own  # the own cache's buffer doubles when it is full
+    own = torch.randn(2, shape.batch, shape.kv_heads, capacity, shape.head_dim)[:, :, :, : shape.own]
+    return query, *own, *torch.randn(2, shape.kv_heads, shape.prefix, shape.head_dim)
 
 
-@pytest.mark.parametrize("system", ["softprompt_fast", "sdpa"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_prefix_attention(benchmark, shape: str, system: str) -> None:
-    inputs = attention_inputs(**HEADS, **SHAPES[shape])
-    train = shape.startswith("training")
-    if train:
-        inputs.requires_grad_()
-    key, value, mask = expanded(inputs)
-
-    def ours() -> torch.Tensor:
-        return ops.prefix_attention(*inputs.tensors)
-
-    def sdpa() -> torch.Tensor:
-        return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=mask, enable_gqa=True)
-
-    torch.testing.assert_close(ours(), sdpa())
-    attend = ours if system == "softprompt_fast" else sdpa
-    of = inputs.tensors if system == "softprompt_fast" else (inputs.query, key, value)
-
-    def step() -> None:
-        if train:
-            torch.autograd.grad(attend().sum(), of, retain_graph=True)
-        else:
-            with torch.no_grad():
-                attend()
-
-    benchmark(step)
-    s = SHAPES[shape]
-    batch, queries, own, prefix = s["batch"], s["queries"], s["own"], s["prefix"]
-    keys = prefix + (own if queries == 1 else (own + 1) / 2)
-    flops = 4 * batch * HEADS["q_heads"] * queries * keys * HEADS["head_dim"] * (3.5 if train else 1)
-    moved = (
-        4
-        * HEADS["head_dim"]
-        * (2 * HEADS["kv_heads"] * (prefix + batch * own) + 2 * HEADS["q_heads"] * batch * queries)
+def expand(shape: Shape, inputs: tuple[Tensor, ...], heads: int | None = None) -> tuple[Tensor, ...]:
+    """Query, keys and values with a copy of the prefix in every row, and the mask that more than one query needs;
+    ``heads``: key/value heads are repeated to as many."""
+    query, *own, prefix_key, prefix_value = inputs
+    keys, values = (
+        torch.cat([prefix.expand(shape.batch, -1, -1, -1), x], 2)
+        for prefix, x in zip((prefix_key, prefix_value), own, strict=True)
     )
+    if heads is not None:
+        keys, values = (x.repeat_interleave(heads // shape.kv_heads, 1) for x in (keys, values))
+    if shape.queries == 1:
+        return query, keys, values
+    columns = keys.shape[2]
+    visible = torch.ones(shape.queries, columns, dtype=torch.bool).tril(columns - shape.queries)
+    return query, keys, values, torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
+
+
+def sdpa(*args: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*args, enable_gqa=args[0].shape[1] != args[1].shape[1])
+
+
+def flex_attention(shape: Shape) -> Callable[..., Tensor]:
+    """FlexAttention, compiled for "prefix, then own keys up to the query's".
+
+    Raises:
+        Exception: whatever inductor says where it cannot compile it.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    offset = shape.prefix + shape.own - shape.queries
+    columns = shape.prefix + shape.own
+    mask = create_block_mask(lambda b, h, i, j: j <= i + offset, None, None, shape.queries, columns, device="cpu")
+    compiled = torch.compile(flex)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *unused: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+
+    return call
+
+
+def forward_systems(shape: Shape, backend: str | None, cold: bool) -> Systems:
+    """Ours, SDPA over the expanded cache as it is and with heads repeated, and (prefill) FlexAttention over both."""
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return ops.prefix_attention(*inputs, backend=backend)
+
+    def grouped(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return expand(shape, inputs)
+
+    def repeated(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return expand(shape, inputs, shape.q_heads)
+
+    calls = {"ours": (ours, lambda inputs: inputs), "SDPA": (sdpa, grouped), "SDPA, heads repeated": (sdpa, repeated)}
+    if shape.queries > 1:
+        flex = flex_attention(shape)
+        calls |= {"FlexAttention": (flex, grouped), "FlexAttention, heads repeated": (flex, repeated)}
+
+    inputs = make_inputs(shape)
+    oracle = ops.prefix_attention(*(x.double() for x in inputs), backend="reference")
+    baseline = sdpa(*grouped(inputs))
+    systems: Systems = {}
+    for name, (call, prepare) in calls.items():
+        prepared = prepare(inputs)
+        try:
+            result = call(*prepared)
+        except Exception as error:
+            if not name.startswith("FlexAttention"):
+                raise
+            print(f"{name}: skipped, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            continue
+        if name == "ours":
+            assert_within_noise(result, oracle, baseline, f"{shape}: {name}")
+        else:
+            torch.testing.assert_close(result, baseline)
+        sets = [prepared]
+        if cold:
+            size = sum(x.numel() * x.element_size() for x in prepared)
+            sets += [prepare(make_inputs(shape)) for _ in range(math.ceil(COLD_BYTES / size) - 1)]
+        turns = itertools.cycle(sets)
+        systems[name] = lambda call=call, turns=turns: call(*next(turns))
+    return systems
+
+
+def backward_systems(shape: Shape, backend: str | None) -> Systems:
+    """The backward pass alone, all five gradients: of ours, and of the torch backend."""
+    inputs = [x.requires_grad_() for x in make_inputs(shape)]
+    grad = torch.randn(shape.batch, shape.queries, shape.q_heads, shape.head_dim).transpose(1, 2)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    oracle = torch.autograd.grad(ops.prefix_attention(*exact, backend="reference"), exact, grad.double())
+    systems: Systems = {}
+    for name, chosen in (("ours", backend), ("torch", "torch")):
+        out = ops.prefix_attention(*inputs, backend=chosen)
+        systems[name] = lambda out=out: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    for name, *results in zip(names, systems["ours"](), oracle, systems["torch"](), strict=True):
+        assert_within_noise(*results, f"{shape}: gradient of {name}")
+    return systems
+
+
+def run_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """The workloads of a few shapes: each against every system, and against the machine's rates."""
+    machine, rows = Machine(), []
+    backward = args.workload == "backward"
+    table = Table(title=f"{args.workload}, {torch.get_num_threads()} threads: median [p20, p80]")
+    for column in ("shape", "inputs", "system", "ms", "ours is faster by", "of the roofline, MKL", "oneDNN"):
+        table.add_column(column)
+    # A prefill works on what it has just read: where its inputs come from makes no difference.
+    caches = (False, True) if args.workload.startswith("decode") else (False,)
+    for shape, cold in itertools.product(WORKLOADS[args.workload], caches):
+        with torch.set_grad_enabled(backward):
+            systems = backward_systems(shape, args.backend) if backward else forward_systems(shape, args.backend, cold)
+            samples = interleave(systems | machine.systems, args.rounds)
+        # Backward: five products where the forward has two; all inputs, the result and its gradient read, all
+        # gradients written.
+        flops, moved = (2.5 * shape.flops, 2 * shape.moved) if backward else (shape.flops, shape.moved)
+        row: dict[str, Any] = {"shape": asdict(shape), "inputs": "cold" if cold else "warm"}
+        row |= {"flops": flops, "bytes": moved, "rates": machine.rates(samples)}
+        row["share_of_roofline"] = machine.share_of_roofline(samples, samples["ours"], flops, moved)
+        row["ratios"] = {name: ratio(samples[name], samples["ours"]) for name in systems if name != "ours"}
+        row["fastest_other"] = fastest(samples, list(row["ratios"]))
+        row["samples"] = samples
+        rows.append(row)
+        for name in systems:
+            ours = name == "ours"
+            share = [shown(s, "%") for s in row["share_of_roofline"].values()] if ours else ["", ""]
+            best = " (the fastest other)" if name == row["fastest_other"] else ""
+            compared = "" if ours else shown(row["ratios"][name]) + best
+            place = (str(shape), row["inputs"]) if ours else ("", "")
+            table.add_row(*place, name, milliseconds(samples[name]), compared, *share)
+        del systems
+    show(table)
+    for name, rate in rows[-1]["rates"].items():
+        print(f"{name}: {shown(rate, ' GB/s' if name == 'copy' else ' GFLOP/s')}")
+    return {"rows": rows}
+
+
+SWEEP_SHAPES = 240
+SWEEP_BYTES = 384 << 20  # of the expanded cache; with everything that is held beside it under 1 GB
+SWEEP_FLOPS = 1.5e10  # a tenth of a second or less
+REFERENCE_BYTES = 512 << 20
+CLOSE = 1.05
+
+
+def sweep_shapes() -> list[Shape]:
+    """A fixed list: half of it decoding, half prefill after 0 to 512 cached tokens."""
+    draw = random.Random(0)
+    shapes: dict[Shape, None] = {}
+    while len(shapes) < SWEEP_SHAPES:
+        decode = len(shapes) % 2 == 0
+        queries = 1 if decode else draw.choice((2, 3, 5, 8, 16, 17, 32, 63, 64, 128, 200, 256, 512))
+        kv_heads = draw.choice((1, 2, 3, 4, 8))
+        shape = Shape(
+            batch=draw.choice((1, 1, 2, 3, 4, 7, 8, 16, 24, 32, 48, 64)),
+            queries=queries,
+            own=queries + draw.choice((0, 7, 31, 100, 512) if decode else (0, 0, 0, 33, 512)),
+            prefix=draw.choice((0, 8, 20, 64, 100, 128, 257, 512, 1000, 1024, 2048, 4096)),
+            q_heads=kv_heads * draw.choice((1, 2, 3, 4, 6, 7, 8)),
+            kv_heads=kv_heads,
+            head_dim=draw.choice((64, 64, 72, 80, 96, 128, 128, 160, 192, 256)),
+        )
+        if shape.expanded_bytes <= SWEEP_BYTES and shape.flops <= SWEEP_FLOPS:
+            shapes[shape] = None
+    return list(shapes)
+
+
+def sweep_one(shape: Shape, backend: str | None) -> dict[str, Any]:
+    """Time "auto" against every backend that it passes over; SDPA over a cache expanded beforehand is shown beside."""
+    inputs = make_inputs(shape)
+    expanded = expand(shape, inputs)
+    baseline = sdpa(*expanded)
+    systems: Systems = {"ours": lambda: ops.prefix_attention(*inputs, backend=backend)}
+    for name in backends("prefix_attention")[1:]:
+        if name != "reference" or shape.reference_bytes <= REFERENCE_BYTES:
+            systems[name] = lambda name=name: ops.prefix_attention(*inputs, backend=name)
+    for name, system in systems.items():
+        torch.testing.assert_close(system(), baseline, msg=lambda text, name=name: f"{shape}, {name}: {text}")
+    others = [name for name in systems if name != "ours"]
+    row: dict[str, Any] = {"shape": asdict(shape), "remeasured": False}
+    if not others:
+        return row
+    samples = interleave(systems | {"SDPA": lambda: sdpa(*expanded)}, 5, turn=1e-3)
+    best = fastest(samples, others)
+    if ratio(samples[best], samples["ours"])["median"] < CLOSE:
+        # As many rounds as two seconds hold, of the close ones alone.
+        row["remeasured"] = True
+        medians = {name: statistics.median(samples[name]) for name in systems}
+        close = {name: systems[name] for name in systems if medians[name] <= 1.2 * medians[best] or name == "ours"}
+        rounds = int(2 / sum(max(4e-3, medians[name]) for name in close))
+        samples |= interleave(close, min(max(rounds, 7), 51), turn=4e-3)
+        best = fastest(samples, [name for name in close if name != "ours"])
+    row |= {"best_other": best, "ratio": ratio(samples[best], samples["ours"])}
+    row["seconds"] = {name: statistics.median(values) for name, values in samples.items()}
+    row["samples"] = samples
+    return row
+
+
+def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
+    first, *others = backends("prefix_attention")
+    print(f'"auto" tries {first} first; the others here: {", ".join(others)}')
+    rows, started = [], time.perf_counter()
+    with torch.no_grad():
+        for number, shape in enumerate(sweep_shapes()):
+            rows.append(sweep_one(shape, args.backend))
+            if number % 20 == 19:
+                print(f"{number + 1} shapes, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    timed = sorted((row for row in rows if "ratio" in row), key=lambda row: row["ratio"]["median"])
+    table = Table(title=f"the 20 worst of {len(timed)} shapes, {torch.get_num_threads()} threads")
+    for column in ("shape", "auto, ms", "the best other", "its ms", "auto is faster by", "SDPA, expanded, ms"):
+        table.add_column(column)
+    for row in timed[:20]:
+        seconds, best = row["seconds"], row["best_other"]
+        cells = [f"{1e3 * seconds[name]:.3f}" for name in ("ours", best, "SDPA")]
+        table.add_row(str(Shape(**row["shape"])), cells[0], best, cells[1], shown(row["ratio"]), cells[2])
+    show(table)
+    below = sum(row["ratio"]["median"] < 0.95 for row in timed)
+    print(f"below 0.95: {below} of {len(timed)}; without a rival: {len(rows) - len(timed)}")
+    return {"rows": rows, "below_0.95": below}
+
+
+@pytest.mark.parametrize("system", ["ours", "SDPA"])
+@pytest.mark.parametrize("shape", [shape for shapes in WORKLOADS.values() for shape in shapes], ids=str)
+def test_prefix_attention(benchmark, shape: Shape, system: str) -> None:
+    """One row alone, warm: quick, and without a ratio to trust."""
+    inputs = make_inputs(shape)
+    expanded = expand(shape, inputs)
+    torch.testing.assert_close(ops.prefix_attention(*inputs), sdpa(*expanded))
+    call, args = (ops.prefix_attention, inputs) if system == "ours" else (sdpa, expanded)
+    with torch.no_grad():
+        benchmark(call, *args)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        bytes=moved,
-        flops=flops,
-        gigabytes_per_second=round(moved / seconds / 1e9, 2),
-        gigaflops_per_second=round(flops / seconds / 1e9, 1),
+        bytes=shape.moved,
+        flops=shape.flops,
+        gigabytes_per_second=round(shape.moved / seconds / 1e9, 2),
+        gigaflops_per_second=round(shape.flops / seconds / 1e9, 1),
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=[*WORKLOADS, "sweep"])
+    parser.add_argument("--backend", help='the backend to time as "ours"; default: auto')
+    parser.add_argument("--rounds", type=int, default=25, help="not of the sweep, which decides by shape")
+    parser.add_argument("--json", type=Path, help="write the samples, ratios and the setting here")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    result = run_sweep(args) if args.workload == "sweep" else run_rows(args)
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

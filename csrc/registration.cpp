@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
         "Use another instruction set's kernels from now on; 'auto': the best.");
   m.def("workspace_allocations", &softprompt_fast::workspace_allocations,
         "How often the CPU kernels allocated scratch memory so far.");
+  softprompt_fast::bind_linear(m);
   softprompt_fast::bind_merge_states(m);
   softprompt_fast::bind_prefix_attention(m);
 }

@@ -102,6 +102,7 @@ void read_sizes(const pybind11::tuple& given, int64_t* const (&sizes)[N]) {
 
 // One function per op, in <op>_binding.cpp.
 void bind_prefix_attention(pybind11::module_& module);
+void bind_linear(pybind11::module_& module);
 void bind_merge_states(pybind11::module_& module);
 
 }  // namespace softprompt_fast

@@ -24,7 +24,11 @@ struct Tensor {
 };
 
 struct PrefixAttention;  // prefix_attention.h
-struct MergeStates;      // merge_states.h
+struct GatedLinear;      // linear.h
+struct Linear;
+struct NormRows;
+struct QkvLinear;
+struct MergeStates;  // merge_states.h
 
 struct Kernels {
   const char* isa;
@@ -32,6 +36,13 @@ struct Kernels {
   // One task of the plan (see prefix_attention.h); scratch is the thread's own.
   void (*prefix_attention)(const PrefixAttention& op, int64_t task, float* scratch);
   void (*prefix_attention_merge)(const PrefixAttention& op, int64_t block, float* scratch);
+  void (*pack_panel)(const Tensor& w, int64_t rows, int64_t columns, void* panel);
+  void (*norm_rows)(const NormRows& op, int64_t first, int64_t last, float* scratch);
+  void (*linear)(const Linear& op, int64_t first, int64_t last, int64_t row, int64_t rows,
+                 float* scratch);
+  void (*gated_linear)(const GatedLinear& op, int64_t first, int64_t last, int64_t row,
+                       int64_t rows, float* scratch);
+  void (*qkv_linear)(const QkvLinear& op, int64_t head, int64_t row, int64_t rows, float* scratch);
   void (*merge_states)(const MergeStates& op, int64_t first, int64_t last);
 };
 

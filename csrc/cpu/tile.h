@@ -19,7 +19,8 @@ constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
 // C[R, V * W] = (keep ? C : 0) + sum_k A[R, k] B[k, V * W]. Element (r, k) of A stands at
-// a[r * a_row + k * a_col], so the same code multiplies by a transposed A.
+// a[r * a_row + k * a_col], so the same code multiplies by a transposed A. C is added at the end: a
+// long sum made of short ones is the more accurate one.
 template <int R, int V, typename Storage>
 SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                                  const typename Storage::Element* b, int64_t b_row, float* c,
@@ -28,7 +29,7 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r][v] = keep ? load(c + r * c_row + v * W) : Vec{};
+    for (int v = 0; v < V; ++v) sums[r][v] = Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec loaded[V];
@@ -46,7 +47,10 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * c_row + v * W, sums[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * c_row + v * W;
+      store(to, keep ? load(to) + sums[r][v] : sums[r][v]);
+    }
   }
 }
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt_fast import ops
+from softprompt_fast.backends import native
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
 
@@ -38,6 +39,23 @@ CASES: dict[str, dict] = {
     "prompt alone": {"prompt": 3, "tokens": 0},
     "odd": {"batch": 2, "tokens": 63, "width": 129},
 }
+
+
+EXTENSION, WHY_NOT = native.load()
+ISAS = [] if EXTENSION is None else EXTENSION.available_isas()
+
+
+@pytest.fixture(params=["torch", *(f"cpu {isa}" for isa in ISAS or ["none"])])
+def backend(request: pytest.FixtureRequest):
+    """Every backend that there is, the C++ one once for each instruction set."""
+    name, _, isa = request.param.partition(" ")
+    if name == "cpu":
+        if EXTENSION is None:
+            pytest.skip(f"C++ extension: {WHY_NOT}")
+        EXTENSION.use_isa(isa)
+    yield name
+    if name == "cpu":
+        EXTENSION.use_isa("auto")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **change) -> dict:
@@ -154,12 +172,12 @@ def test_norms(norm: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name: str, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(name: str, dtype: torch.dtype, backend: str) -> None:
     call = make(name, dtype)
     exact, plain = convert(call, torch.float64), convert(call, dtype)
     of, of_exact, of_plain = trained(call), trained(exact), trained(plain)
     with poisoned_memory():
-        results = run(call)
+        results = run(call, backend)
         found = gradients(results, of)
     oracle, baseline = run(exact, "reference"), run(plain, "reference")
     for what, x, y, z in zip(NAMES, results, oracle, baseline, strict=True):
@@ -198,7 +216,7 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "apart with bias, other value size", "layer", "prompt", "prompt, embeds"])
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, backend: str) -> None:
     call = make(name)
     trained(call)
     apart = isinstance(call["weight"], list)
@@ -218,12 +236,12 @@ def test_opcheck(name: str) -> None:
         True,
     )
     args += (call["weight"] if apart else [call["weight"]], listed, Q_HEADS, KV_HEADS, call["norm"])
-    args += (call["norm_weight"], call["norm_bias"], 0.0, 1e-6, call["cos"], call["sin"], False, "torch")
+    args += (call["norm_weight"], call["norm_bias"], 0.0, 1e-6, call["cos"], call["sin"], False, backend)
     torch.library.opcheck(torch.ops.softprompt_fast.prompt_qkv.default, args)
 
 
 @pytest.mark.parametrize("name", ["plain", "prompt"])
-def test_compiles_to_one_graph_and_once(name: str) -> None:
+def test_compiles_to_one_graph_and_once(name: str, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     call = make(name, per_row=True)
@@ -236,7 +254,7 @@ def test_compiles_to_one_graph_and_once(name: str) -> None:
                 fresh[key] = fresh[key].contiguous()
         inputs = {**fresh, "weight": call["weight"], "norm_weight": call["norm_weight"]}
         of = trained(inputs)
-        results, want = compiled(inputs), run(inputs)
+        results, want = compiled(inputs, backend), run(inputs, backend)
         assert all(torch.equal(x, y) for x, y in zip(results, want, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(gradients(results, of), gradients(want, of), strict=True))
 
@@ -265,17 +283,33 @@ def test_any_shape(**change) -> None:
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-def test_rows_do_not_see_each_other() -> None:
-    call = make("prompt, padded", torch.float64)
-    whole = run(call)
-    alone = run({**call, "tokens": call["tokens"][1:2], "own_start": call["own_start"][1:2]})
+def test_rows_do_not_see_each_other(backend: str) -> None:
+    call = make("prompt, padded", torch.float64 if backend == "torch" else torch.float32)
+    tolerance = 1e-12 if backend == "torch" else 1e-5
+    whole = run(call, backend)
+    alone = run({**call, "tokens": call["tokens"][1:2], "own_start": call["own_start"][1:2]}, backend)
     for x, y in zip(alone, whole, strict=True):
-        torch.testing.assert_close(x[0], y[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x[0], y[1], rtol=tolerance, atol=tolerance)
 
 
-def test_residual_is_its_own_memory() -> None:
+def test_weights_are_packed_once_and_again_when_written_to() -> None:
+    linear = pytest.importorskip("softprompt_fast.backends.cpu._linear", reason=WHY_NOT)
+    call = make("apart with bias, other value size")
+    heads = (Q_HEADS, KV_HEADS, KV_HEADS)
+    first = linear.packed(call["weight"], call["bias"], heads=heads)
+    assert linear.packed(call["weight"], call["bias"], heads=heads) is first
+    for written in (call["weight"][1], call["bias"][2]):
+        with torch.no_grad():
+            written.mul_(2.0)
+        assert_within_noise(
+            run(call, "cpu")[1], run(convert(call, torch.float64), "reference")[1], run(call, "reference")[1]
+        )
+    assert linear.packed(call["weight"], call["bias"], heads=heads) is not first
+
+
+def test_residual_is_its_own_memory(backend: str) -> None:
     call = make("plain")
-    assert run(call)[3].data_ptr() != call["tokens"].data_ptr()
+    assert run(call, backend)[3].data_ptr() != call["tokens"].data_ptr()
 
 
 @pytest.mark.parametrize("what", ["weight", "bias", "norm_weight", "norm_bias", "cos", "table"])
@@ -290,7 +324,6 @@ def test_other_gradients_come_from_the_reference(what: str) -> None:
     assert torch.equal(grad, want) and grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_ids_out_of_range(backend: str) -> None:
     call = make("prompt")
     call["tokens"][2, 1] = VOCABULARY

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with a frozen layer's weights: packed once, norm, bias, residual and activation on the way.
+
+See ``csrc/cpu/linear.h``. Nothing here is differentiable: it serves inference and the compiling of prefixes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from softprompt_fast.backends.cpu import _tensors
+
+_C = _tensors.extension()
+
+_NORMS = {"none": 0, "rms": 1, "layer": 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+@dataclass
+class Norm:
+    """``norm(x) * (offset + weight) + bias`` over the last dimension; see ``ops.prompt_qkv``."""
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    offset: float = 0.0
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.kind not in _NORMS:
+            raise ValueError(f"kind: expected one of {', '.join(_NORMS)}, found {self.kind!r}")
+        # The tensors that the extension reads are kept here, for as long as it may.
+        self._weight, self._bias = _tensors.as_float(self.weight), _tensors.as_float(self.bias)
+        pointers = (0 if x is None else x.data_ptr() for x in (self._weight, self._bias))
+        self.packed = (_NORMS[self.kind], *pointers, float(self.offset), float(self.eps))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same in PyTorch."""
+        weight = self._weight
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        if self.kind == "rms":
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weight, self._bias, self.eps)
+        return x
+
+
+class PackedLinear:
+    """The weights ``[N, K]`` of a frozen layer, packed into panels for the C++ product: a copy of them.
+
+    Args:
+        weights: ``[N_i, K]``, stacked along N; one floating dtype of float32, bfloat16, float16.
+        biases: ``[N_i]`` or None for each weight.
+        heads: into how many equal sections each weight falls, as ``prompt_qkv`` wants it. None: one.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None] = (),
+        *,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        self.in_features = weights[0].shape[1]
+        self.out_features = sum(weight.shape[0] for weight in weights)
+        sections = []
+        for weight, count in zip(weights, heads or (1,) * len(weights), strict=True):
+            if weight.dim() != 2 or weight.shape[1] != self.in_features or weight.device.type != "cpu":
+                raise ValueError(f"weights: expected [N, {self.in_features}] on cpu, found {list(weight.shape)}")
+            step = weight.shape[0] // count
+            sections += [(_tensors.view(weight), first, step) for first in range(0, weight.shape[0], step)]
+        # Packing reads the values only: a weight that requires grad is no obstacle here.
+        self.layer = _C.PackedLinear(sections, self.in_features, torch.get_num_threads())
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            filled = [
+                torch.zeros(weight.shape[0]) if bias is None else bias.detach().to(torch.float32)
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            self.bias = torch.cat(filled)
+        self.bias_pointer = 0 if self.bias is None else self.bias.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed copy."""
+        return self.layer.nbytes
+
+
+@dataclass
+class _Kept:
+    layer: PackedLinear
+    weights: tuple[weakref.ref[Tensor], ...]
+    state: tuple[tuple[int, int], ...]
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lock = threading.Lock()
+
+
+def packed(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *, heads: Sequence[int] | None = None
+) -> PackedLinear:
+    """The packed form of weights, made at the first call and again when they or their biases have been written to.
+    It lives as long as the first weight."""
+    tensors = (*weights, *(bias for bias in biases if bias is not None))
+    state = tuple((x.data_ptr(), -1 if x.is_inference() else x._version) for x in tensors)
+    with _lock:
+        kept = _kept.get(weights[0])
+        same = kept is not None and kept.state == state and len(kept.weights) == len(tensors)
+        if not same or any(ref() is not x for ref, x in zip(kept.weights, tensors, strict=True)):
+            layer = PackedLinear(weights, biases or (None,) * len(weights), heads=heads)
+            kept = _kept[weights[0]] = _Kept(layer, tuple(weakref.ref(x) for x in tensors), state)
+        return kept.layer
+
+
+def linear(x: Tensor, layer: PackedLinear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+    """``norm(x) W^T + b``, float32 ``[M, N]``; with `residual` (float32 ``[M, N]``, dense) added to it in place.
+
+    Args:
+        x: ``[M, K]``, any strides, float32, bfloat16 or float16.
+    """
+    rows = x.shape[0]
+    out = torch.empty(rows, layer.out_features) if residual is None else residual
+    _C.linear(
+        _tensors.view(x),
+        rows,
+        layer.layer,
+        None if norm is None else norm.packed,
+        layer.bias_pointer,
+        out.data_ptr(),
+        residual is not None,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gated_mlp(
+    x: Tensor, norm: Norm, gate_up: PackedLinear, down: PackedLinear, activation: str, residual: Tensor
+) -> Tensor:
+    """Add ``down(act(g) * u)``, where ``g, u = gate_up(norm(x))``, to `residual` in place.
+
+    Both `x` and `residual` are float32 ``[M, H]`` and dense, and may be the same tensor."""
+    _C.gated_mlp(
+        x.data_ptr(),
+        x.shape[0],
+        norm.packed,
+        gate_up.layer,
+        gate_up.bias_pointer,
+        down.layer,
+        down.bias_pointer,
+        _ACTIVATIONS[activation],
+        residual.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return residual
