@@ -367,14 +367,15 @@ SOFTPROMPT_FAST_INLINE void finish(const PrefixAttention& op, int64_t row, int64
       highest = both;
     }
   }
-  const Vec weight = splat(total > 0.0f ? factor / total : 0.0f);
+  // Not "total > 0": a NaN has to reach the result.
+  const Vec weight = splat(total == 0.0f ? 0.0f : factor / total);
   for (int64_t i = 0; i < columns; i += W) store(state + i, load(state + i) * weight);
   const Tensor& out = op.out;
   write_row(state, op.v_dim,
             out.at(row * out.stride[0] + head * out.stride[1] + query * out.stride[2]), out.dtype,
             out.stride[3]);
   op.lse[(row * op.q_heads + head) * op.queries + query] =
-      total > 0.0f ? highest + __builtin_logf(total) : -kInfinity;
+      total == 0.0f ? -kInfinity : highest + __builtin_logf(total);
 }
 
 // Read the block's queries, times the scale, to `queries`, and work out what they see.
@@ -460,9 +461,9 @@ inline void prefix_attention_merge(const PrefixAttention& op, int64_t index, flo
     for (int64_t split = 1; split < op.splits; ++split) {
       const float* other = state + split * op.block_size * state_row;
       const float highest = state[columns] > other[columns] ? state[columns] : other[columns];
-      if (highest == -kInfinity) continue;
-      const Vec mine = exp(splat(state[columns] - highest));
-      const Vec theirs = exp(splat(other[columns] - highest));
+      const float offset = highest > -kInfinity ? highest : 0.0f;  // as in soften
+      const Vec mine = exp(splat(state[columns] - offset));
+      const Vec theirs = exp(splat(other[columns] - offset));
       for (int64_t i = 0; i < columns; i += W) {
         store(state + i, load(state + i) * mine + load(other + i) * theirs);
       }

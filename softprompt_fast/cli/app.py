@@ -202,6 +202,7 @@ def _print_info(found: dict[str, Any]) -> None:
     about.add_row("devices", ", ".join(torch["devices"]) or f"CPU only, {torch['threads']} thread(s)")
     build = found["extension"]["build"]
     about.add_row("extension", found["extension"]["reason"] + (f", {build['compiler']}" if build else ""))
+    about.add_row("CPU kernels", found["extension"]["cpu_isa"] or "none without the extension")
     usable = [name for name, here in found["cpu_features"].items() if here]
     about.add_row("CPU features", " ".join(usable) or "unknown without the extension")
     about.add_row("backend asked for", found["backend"] or "auto")
