@@ -22,12 +22,12 @@ def _installed(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Plain data, ready for JSON.
+    """Plain data, ready for JSON. ValueError if SOFTPROMPT_FAST_CPU_ISA names no instruction set that runs here.
 
     Keys: ``version``; ``python``; ``platform``; ``packages`` (name -> version or None); ``torch`` (CUDA version, CPU
-    capability, threads, devices); ``extension`` (loaded, reason, build); ``cpu_features``; ``backend`` (what
-    SOFTPROMPT_FAST_BACKEND asks for, None if it is not set); ``ops`` (op -> backend -> list of reasons why it can't
-    run here; an empty list means that it can).
+    capability, threads, devices); ``extension`` (loaded, reason, build, and cpu_isa, the instruction set whose kernels
+    run, None without the extension); ``cpu_features``; ``backend`` (what SOFTPROMPT_FAST_BACKEND asks for, None if it
+    is not set); ``ops`` (op -> backend -> list of reasons why it can't run here; an empty list means that it can).
     """
     import torch
 
@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "devices": devices,
         },
-        "extension": {"loaded": loaded, "reason": reason, "build": native.build_info()},
+        "extension": {"loaded": loaded, "reason": reason, "build": native.build_info(), "cpu_isa": native.cpu_isa()},
         "cpu_features": native.cpu_features(),
         "backend": os.environ.get(_registry.ENVIRONMENT_VARIABLE),
         "ops": {op: _registry.available_backends(op) for op in _registry.OPS},

@@ -10,8 +10,6 @@
 namespace softprompt_fast {
 namespace {
 
-constexpr const char* kVariable = "SOFTPROMPT_FAST_CPU_ISA";
-
 std::vector<const Kernels*> available() {
   const auto& features = cpu_features();
   const auto has = [&](const char* name) {
@@ -56,8 +54,8 @@ std::vector<std::string> available_isas() {
 const Kernels& kernels() {
   const Kernels* table = in_use.load(std::memory_order_relaxed);
   if (table == nullptr) {
-    const char* name = std::getenv(kVariable);
-    table = choose(name ? name : "", kVariable);
+    const char* name = std::getenv("SOFTPROMPT_FAST_CPU_ISA");
+    table = choose(name ? name : "", "environment SOFTPROMPT_FAST_CPU_ISA");
     in_use = table;
   }
   return *table;

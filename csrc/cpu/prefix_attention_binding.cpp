@@ -12,7 +12,8 @@ namespace py = pybind11;
 PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
                           py::handle prefix_value, py::handle out, int64_t lse,
                           const py::tuple& sizes, double scale, bool causal, int64_t window,
-                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns) {
+                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns,
+                          bool quantized) {
   PrefixAttention op = {};
   int64_t* const size[] = {&op.batch, &op.q_heads, &op.kv_heads, &op.queries,
                            &op.own,   &op.packed,  &op.head_dim, &op.v_dim};
@@ -22,29 +23,45 @@ PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py
       "sizes: expected q_heads a multiple of kv_heads > 0, and head_dim > 0, found ", op.q_heads,
       ", ", op.kv_heads, ", ", op.head_dim);
   op.groups = op.q_heads / op.kv_heads;
-  op.query = as_tensor("query", query, 4);
-  op.key = as_tensor("key", key, 4);
-  op.value = as_tensor("value", value, 4);
-  op.prefix_key = as_tensor("prefix_key", prefix_key, 3);
-  op.prefix_value = as_tensor("prefix_value", prefix_value, 3);
-  op.out = as_tensor("out", out, 4);
+  const bool queries = op.batch > 0 && op.q_heads > 0 && op.queries > 0;
+  const bool own = queries && op.own > 0, packed = queries && op.packed > 0, v = op.v_dim > 0;
+  op.query = as_tensor("query", query, 4, queries);
+  op.key = as_tensor("key", key, 4, own);
+  op.value = as_tensor("value", value, 4, own && v);
+  op.prefix_key = as_tensor("prefix_key", prefix_key, 3, packed);
+  op.prefix_value = as_tensor("prefix_value", prefix_value, 3, packed && v);
+  op.out = as_tensor("out", out, 4, queries && v);
   op.lse = reinterpret_cast<float*>(lse);
+  SOFTPROMPT_FAST_CHECK(op.lse != nullptr || !queries,
+                        "lse: expected memory, found a null pointer");
   op.scale = static_cast<float>(scale);
   op.causal = causal;
-  op.window = window;
+  op.window = window > kFar ? kFar : window;
+  SOFTPROMPT_FAST_CHECK(window >= 0, "window: expected 0 (none) or more, found ", window);
   op.softcap = static_cast<float>(softcap);
   op.sinks = reinterpret_cast<const float*>(sinks);
-  op.bias = as_tensor("bias", bias, 4);
+  op.bias = as_tensor("bias", bias, 4, !bias.is_none() && (own || packed));
   op.bias_columns = bias_columns;
   op.scale_block = 1;
+  const DType dtype = op.query.dtype;
+  check_floating("query", op.query);
+  check_floating("bias", op.bias);
+  check_dtype("key", op.key, dtype);
+  check_dtype("value", op.value, dtype);
+  check_dtype("out", op.out, dtype);
+  check_dtype("prefix_key", op.prefix_key, quantized ? DType::kInt8 : dtype);
+  check_dtype("prefix_value", op.prefix_value, quantized ? DType::kInt8 : dtype);
   return op;
 }
 
-PrefixAttentionRows read_rows(const py::tuple& rows) {
+PrefixAttentionRows read_rows(const PrefixAttention& op, const py::tuple& rows) {
   SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
-  return {as_index("prefix_offsets", rows[0]), as_index("prefix_index", rows[1]),
-          as_index("own_start", rows[2]), as_index("own_end", rows[3]),
-          as_index("query_start", rows[4])};
+  const PrefixAttentionRows indexes = {as_index("prefix_offsets", rows[0]),
+                                       as_index("prefix_index", rows[1]),
+                                       as_index("own_start", rows[2]), as_index("own_end", rows[3]),
+                                       as_index("query_start", rows[4])};
+  check_rows(op, indexes);
+  return indexes;
 }
 
 void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
@@ -52,18 +69,24 @@ void prefix_attention(py::handle query, py::handle key, py::handle value, py::ha
                       py::tuple rows, double scale, bool causal, int64_t window, double softcap,
                       int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
                       int threads) {
-  PrefixAttention op = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes,
-                                 scale, causal, window, softcap, sinks, bias, bias_columns);
+  PrefixAttention op =
+      read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale, causal, window,
+                softcap, sinks, bias, bias_columns, !scales.is_none());
   if (!scales.is_none()) {
-    const auto given = py::reinterpret_borrow<py::tuple>(scales);
-    op.prefix_key_scale = reinterpret_cast<const float*>(given[0].cast<int64_t>());
-    op.prefix_value_scale = reinterpret_cast<const float*>(given[1].cast<int64_t>());
-    op.scale_stride = given[2].cast<int64_t>();
-    op.scale_block = given[3].cast<int64_t>();
-    SOFTPROMPT_FAST_CHECK(op.scale_block > 0, "scales: expected a block > 0, found ",
-                          op.scale_block);
+    PyObject* given = as_tuple("scales", scales, 4, "two pointers, a stride and a block");
+    const auto number = [&](int i) { return as_number("scales", PyTuple_GET_ITEM(given, i)); };
+    op.prefix_key_scale = reinterpret_cast<const float*>(number(0));
+    op.prefix_value_scale = reinterpret_cast<const float*>(number(1));
+    op.scale_stride = number(2);
+    op.scale_block = number(3);
+    SOFTPROMPT_FAST_CHECK((op.prefix_key_scale && op.prefix_value_scale) || op.packed == 0,
+                          "scales: expected memory of both, found a null pointer");
+    SOFTPROMPT_FAST_CHECK(op.scale_stride >= 0 && op.scale_block > 0,
+                          "scales: expected a stride >= 0 and a block > 0, found ", op.scale_stride,
+                          " and ", op.scale_block);
   }
-  const PrefixAttentionRows indexes = read_rows(rows);
+  check_threads(threads);
+  const PrefixAttentionRows indexes = read_rows(op, rows);
   py::gil_scoped_release release;
   run_prefix_attention(op, indexes, threads);
 }
@@ -76,8 +99,10 @@ void prefix_attention_backward(py::handle query, py::handle key, py::handle valu
                                int64_t grad_lse, py::tuple grads, int64_t delta, int threads) {
   PrefixAttentionBackward op = {};
   op.forward = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale,
-                         causal, window, softcap, sinks, bias, bias_columns);
+                         causal, window, softcap, sinks, bias, bias_columns, false);
   op.grad_out = as_tensor("grad_out", grad_out, 4);
+  check_dtype("grad_out", op.grad_out, op.forward.query.dtype);
+  check_threads(threads);
   op.grad_lse = reinterpret_cast<const float*>(grad_lse);
   SOFTPROMPT_FAST_CHECK(grads.size() == 5, "grads: expected 5 tensors, found ", grads.size());
   op.grad_query = as_tensor("grad_query", grads[0], 4);
@@ -86,7 +111,7 @@ void prefix_attention_backward(py::handle query, py::handle key, py::handle valu
   op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3);
   op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3);
   op.delta = reinterpret_cast<float*>(delta);
-  const PrefixAttentionRows indexes = read_rows(rows);
+  const PrefixAttentionRows indexes = read_rows(op.forward, rows);
   py::gil_scoped_release release;
   run_prefix_attention_backward(op, indexes, threads);
 }
@@ -99,6 +124,11 @@ void bind_prefix_attention(py::module_& module) {
   module.def(
       "plan_prefix_attention",
       [](int64_t stacked, int64_t per_row, int64_t kv_heads, int64_t keys, int threads) {
+        SOFTPROMPT_FAST_CHECK(
+            stacked > 0 && per_row > 0 && kv_heads > 0 && keys >= 0,
+            "sizes: expected stacked, per_row, kv_heads > 0 and keys >= 0, found ", stacked, ", ",
+            per_row, ", ", kv_heads, ", ", keys);
+        check_threads(threads);
         const auto plan = plan_prefix_attention(stacked, per_row, kv_heads, keys, threads);
         return std::make_pair(plan.block_size, plan.splits);
       },

@@ -79,25 +79,6 @@ SOFTPROMPT_FAST_INLINE const float* as_rows(const void* from, DType dtype, int64
   return scratch;
 }
 
-// rows [count, columns] -> to [columns, to_row], columns and count rounded up to W.
-SOFTPROMPT_FAST_INLINE void transpose_rows(const float* from, int64_t from_row, int64_t count,
-                                           int64_t columns, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; i += W) {
-    if (i + W <= count) {
-      for (int64_t c = 0; c < columns; c += W) {
-        transpose(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
-      }
-      continue;
-    }
-    // The last rows, fewer than W: nothing behind them may be read.
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t j = 0; j < W; ++j) {
-        to[c * to_row + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
-      }
-    }
-  }
-}
-
 // lane i = sum of rows[i]
 SOFTPROMPT_FAST_INLINE Vec sum_rows(Vec (&rows)[W]) {
   if constexpr (W == 16) {
@@ -230,7 +211,7 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
   if (rows < kTransposeRows) {
     dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores);
   } else {
-    transpose_rows(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
+    rows_to_lanes(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
     matmul(rows, round_up(run.count, W), op.head_dim, query, query_row, 1, scratch.transposed,
            kKeyBlock, scores, kKeyBlock, false);
   }
@@ -386,14 +367,15 @@ SOFTPROMPT_FAST_INLINE void finish(const PrefixAttention& op, int64_t row, int64
       highest = both;
     }
   }
-  const Vec weight = splat(total > 0.0f ? factor / total : 0.0f);
+  // Not "total > 0": a NaN has to reach the result.
+  const Vec weight = splat(total == 0.0f ? 0.0f : factor / total);
   for (int64_t i = 0; i < columns; i += W) store(state + i, load(state + i) * weight);
   const Tensor& out = op.out;
   write_row(state, op.v_dim,
             out.at(row * out.stride[0] + head * out.stride[1] + query * out.stride[2]), out.dtype,
             out.stride[3]);
   op.lse[(row * op.q_heads + head) * op.queries + query] =
-      total > 0.0f ? highest + __builtin_logf(total) : -kInfinity;
+      total == 0.0f ? -kInfinity : highest + __builtin_logf(total);
 }
 
 // Read the block's queries, times the scale, to `queries`, and work out what they see.
@@ -479,9 +461,9 @@ inline void prefix_attention_merge(const PrefixAttention& op, int64_t index, flo
     for (int64_t split = 1; split < op.splits; ++split) {
       const float* other = state + split * op.block_size * state_row;
       const float highest = state[columns] > other[columns] ? state[columns] : other[columns];
-      if (highest == -kInfinity) continue;
-      const Vec mine = exp(splat(state[columns] - highest));
-      const Vec theirs = exp(splat(other[columns] - highest));
+      const float offset = highest > -kInfinity ? highest : 0.0f;  // as in soften
+      const Vec mine = exp(splat(state[columns] - offset));
+      const Vec theirs = exp(splat(other[columns] - offset));
       for (int64_t i = 0; i < columns; i += W) {
         store(state + i, load(state + i) * mine + load(other + i) * theirs);
       }

@@ -51,3 +51,13 @@ def cpu_features() -> dict[str, bool]:
     """Instruction set name -> usable on this processor and operating system; empty if the extension is not loaded."""
     module, _ = load()
     return {} if module is None else module.cpu_features()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set whose kernels run; None if the extension is not loaded.
+
+    Raises:
+        ValueError: the environment variable SOFTPROMPT_FAST_CPU_ISA names none that this processor runs.
+    """
+    module, _ = load()
+    return None if module is None else module.isa()

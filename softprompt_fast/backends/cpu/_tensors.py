@@ -28,6 +28,8 @@ def refusals(*tensors: Tensor | None) -> list[str]:
     for x in tensors:
         if x is not None and x.device.type != "cpu":
             return [f"it runs on the CPU, found a tensor on {x.device}"]
+        if x is not None and x.layout != torch.strided:
+            return [f"it takes strided tensors, found {str(x.layout).removeprefix('torch.')}"]
         if x is not None and x.dtype not in CODES:
             why = [f"it takes float32, bfloat16 and float16, found {str(x.dtype).removeprefix('torch.')}"]
     return why
