@@ -43,7 +43,8 @@ struct PrefixAttentionBackward {
   float* partials;
 };
 
-// Queries taken at a time at most: with a run of keys, and all of it twice, they fit the L2 cache.
+// Queries taken at a time at most: they and grad_out, both also transposed, dQ and a run of keys
+// fit the L2 cache.
 constexpr int64_t kGradientBlock = 96;
 
 // Rows of scratch lie an odd number of cache lines apart: 2^n would map a column of them to few

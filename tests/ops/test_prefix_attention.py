@@ -598,6 +598,18 @@ def test_autocast_does_not_round_inside(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("queries", [1, 5, 30])
+def test_bias_may_hide_everything(queries: int, backend: str) -> None:
+    """One query's bias is -inf all along: it sees nothing, gives zeros, gets no gradient, disturbs no other."""
+    inputs = attention_inputs(queries=queries, own=30, bias=(3, 4, queries, 36)).requires_grad_()
+    inputs.options["bias"][1, :, -1] = -math.inf
+    out, lse = run(inputs, backend)
+    assert not out[1, :, -1].any() and torch.isneginf(lse[1, :, -1]).all()
+    found = check_gradients(inputs, backend)
+    assert not found[0][1, :, -1].any()
+
+
+@pytest.mark.parametrize("backend", NAMES)
 def test_bias_gradient_is_refused(backend: str) -> None:
     inputs = make("bias")
     inputs.options["bias"].requires_grad_()
