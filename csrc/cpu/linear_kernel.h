@@ -32,9 +32,11 @@ inline void multiply_panel(int64_t rows, int64_t depth, const float* x, int64_t 
   constexpr int kVectors = 2;
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
     const int64_t some = min64(kDepthBlock, depth - k);
+    const char* next =
+        (const char*)(panel + (k + some) * kPanel);  // the next panel follows at once
     for (int64_t v = 0; v < kPanel; v += kVectors * W) {
       tile_column<kVectors, Storage>(rows, some, x + k, x_row, 1, panel + k * kPanel + v, kPanel,
-                                     c + v, c_row, keep || k > 0);
+                                     c + v, c_row, keep || k > 0, nullptr, v == 0 ? next : nullptr);
     }
   }
 }

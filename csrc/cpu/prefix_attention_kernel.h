@@ -123,13 +123,26 @@ SOFTPROMPT_FAST_INLINE Vec sum_rows(Vec (&rows)[W]) {
   }
 }
 
+SOFTPROMPT_FAST_INLINE Ahead keys_ahead(const PrefixAttention& op, const KeyRun& run) {
+  const int64_t size = size_of(run.dtype);
+  if (run.count == 0 || run.key_col != 1) return {};
+  return {(const char*)run.key, run.key_row * size, run.count, (op.head_dim * size + 63) / 64};
+}
+
+SOFTPROMPT_FAST_INLINE Ahead values_ahead(const PrefixAttention& op, const KeyRun& run) {
+  const int64_t size = size_of(run.dtype);
+  if (run.count == 0 || run.value_col != 1) return {};
+  return {(const char*)run.value, run.value_row * size, run.count, (op.v_dim * size + 63) / 64};
+}
+
 // scores[rows, count] = query . key for few queries, a dot product a key.
 SOFTPROMPT_FAST_INLINE void dot_rows(const float* query, int64_t query_row, int64_t rows,
                                      const float* key, int64_t key_row, int64_t count,
-                                     int64_t columns, float* scores) {
+                                     int64_t columns, float* scores, const Ahead& keys,
+                                     const Ahead& values) {
   for (int64_t i = 0; i < count; i += W) {
-    const float* keys[W];
-    for (int64_t j = 0; j < W; ++j) keys[j] = key + min64(i + j, count - 1) * key_row;
+    const float* rows_of_keys[W];
+    for (int64_t j = 0; j < W; ++j) rows_of_keys[j] = key + min64(i + j, count - 1) * key_row;
     for (int64_t r = 0; r < rows; ++r) {
       Vec sums[W];
 #pragma GCC unroll 16
@@ -137,7 +150,11 @@ SOFTPROMPT_FAST_INLINE void dot_rows(const float* query, int64_t query_row, int6
       for (int64_t c = 0; c < columns; c += W) {
         const Vec x = load(query + r * query_row + c);
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) sums[j] += x * load(keys[j] + c);
+        for (int j = 0; j < W; ++j) sums[j] += x * load(rows_of_keys[j] + c);
+      }
+      for (int64_t j = W * r / rows; j < W * (r + 1) / rows; ++j) {
+        keys.fetch(i + j, 0, 1);
+        values.fetch(i + j, 0, 1);
       }
       store(scores + r * kKeyBlock + i, sum_rows(sums));
     }
@@ -199,7 +216,8 @@ SOFTPROMPT_FAST_INLINE void soften(const PrefixAttention& op, const KeyRun& run,
 
 // `rows` stacked queries from `at` on against one run of keys.
 inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const KeyRun& run,
-                       int64_t at, int64_t rows, const Scratch& scratch, float* state) {
+                       int64_t at, int64_t rows, const Scratch& scratch, float* state,
+                       const KeyRun& after) {
   const int64_t query_row = padded(op.head_dim), state_row = partial_width(op.v_dim);
   const int64_t columns = round_up(op.head_dim, W), v_columns = round_up(op.v_dim, W);
   float* scores = scratch.scores;
@@ -209,7 +227,8 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
               run.scale_at, op.scale_block, scratch.key, query_row, &key_row);
   const float* query = scratch.query + at * query_row;
   if (rows < kTransposeRows) {
-    dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores);
+    dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores,
+             keys_ahead(op, after), values_ahead(op, after));
   } else {
     rows_to_lanes(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
     matmul(rows, round_up(run.count, W), op.head_dim, query, query_row, 1, scratch.transposed,
@@ -233,7 +252,7 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
 template <typename MakeRun>
 inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t last, int64_t at,
                            int64_t rows, const Scratch& scratch, float* state,
-                           const MakeRun& make_run) {
+                           const MakeRun& make_run, const KeyRun& following) {
   const int64_t query_row = padded(op.head_dim), state_row = partial_width(op.v_dim);
   const int64_t v_columns = round_up(op.v_dim, W), lanes = round_up(rows, W);
   Stack stack;
@@ -268,13 +287,16 @@ inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t las
       seen |= from < to;
     }
     if (!seen) continue;
+    const int64_t next = begin + kKeyBlock;
+    const KeyRun after = next < last ? make_run(next, min64(kKeyBlock, last - next)) : following;
     int64_t key_row, value_row;
     const float* key =
         as_rows(run.key, run.dtype, run.key_row, run.key_col, run.count, op.head_dim, run.key_scale,
                 run.scale_at, op.scale_block, scratch.key, query_row, &key_row);
     matmul(run.count, lanes, op.head_dim, key, key_row, 1, stack.query, lanes, stack.scores, lanes,
            false);
-    soften_stack(stack, run.count, op.softcap, masked);
+    soften_stack(stack, run.count, op.softcap, masked, keys_ahead(op, after),
+                 values_ahead(op, after));
     const float* value = as_rows(run.value, run.dtype, run.value_row, run.value_col, run.count,
                                  op.v_dim, run.value_scale, run.scale_at, op.scale_block,
                                  scratch.value, padded(op.v_dim), &value_row);
@@ -289,20 +311,23 @@ inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t las
   }
 }
 
-// `rows` stacked queries from `at` on against the keys [first, last), a run at a time.
+// `rows` stacked queries from `at` on against the keys [first, last), a run at a time; `following`
+// is the run that comes after them.
 template <typename MakeRun>
 inline void attend(const PrefixAttention& op, const QueryBlock& block, int64_t first, int64_t last,
                    int64_t at, int64_t rows, const Scratch& scratch, float* state,
-                   const MakeRun& make_run) {
+                   const MakeRun& make_run, const KeyRun& following) {
   if (first >= last) return;
   // A bias is read a row a query, which suits the other form.
   if (rows >= kStackedRows && !op.bias) {
-    attend_stacked(op, first, last, at, rows, scratch, state, make_run);
+    attend_stacked(op, first, last, at, rows, scratch, state, make_run, following);
     return;
   }
-  for (int64_t begin = first; begin < last; begin += kKeyBlock) {
-    const KeyRun run = make_run(begin, min64(kKeyBlock, last - begin));
-    attend_run(op, block, run, at, rows, scratch, state);
+  KeyRun run = make_run(first, min64(kKeyBlock, last - first));
+  for (int64_t next = first + kKeyBlock; run.count; next += kKeyBlock) {
+    const KeyRun after = next < last ? make_run(next, min64(kKeyBlock, last - next)) : KeyRun{};
+    attend_run(op, block, run, at, rows, scratch, state, next < last ? after : following);
+    run = after;
   }
 }
 
@@ -417,28 +442,43 @@ inline void prefix_attention(const PrefixAttention& op, int64_t task, float* mem
     state[u * state_row + padded(op.v_dim)] = -kInfinity;
   }
 
+  // Own keys of the row of query `begin`, of which this task has [first, last).
+  const auto own_keys = [&](int64_t begin, int64_t* end, int64_t* first, int64_t* last) {
+    const int64_t view = scratch.views[begin].view;
+    *first = op.own, *last = 0;
+    for (*end = begin; *end < block.count && scratch.views[*end].view == view; ++*end) {
+      *first = min64(*first, scratch.views[*end].own_first);
+      *last = max64(*last, scratch.views[*end].own_last);
+    }
+    if (*first < *last) share(split, op.splits, first, last);
+  };
+  const auto own_keys_run = [&](int64_t begin, int64_t at, int64_t count) {
+    return own_run(op, block.kv_head, op.views[scratch.views[begin].view].row, at, count);
+  };
+  // The first of them, to be fetched before its turn.
+  const auto first_own_run = [&](int64_t begin) {
+    int64_t end, first, last;
+    if (begin == block.count) return KeyRun{};
+    own_keys(begin, &end, &first, &last);
+    return first < last ? own_keys_run(begin, first, min64(kKeyBlock, last - first)) : KeyRun{};
+  };
+
   const RowView& any = op.views[block.row_begin];
   if (any.prefix_size) {
     int64_t first = any.prefix_size, last = any.prefix_size;
     for (int64_t u = 0; u < block.count; ++u) first = min64(first, scratch.views[u].prefix);
     share(split, op.splits, &first, &last);
-    attend(op, block, first, last, 0, block.count, scratch, state, [&](int64_t at, int64_t count) {
+    const auto make_run = [&](int64_t at, int64_t count) {
       return prefix_run(op, block.kv_head, any, at, count);
-    });
+    };
+    attend(op, block, first, last, 0, block.count, scratch, state, make_run, first_own_run(0));
   }
   for (int64_t begin = 0, end; begin < block.count; begin = end) {
-    const int64_t view = scratch.views[begin].view;
-    int64_t first = op.own, last = 0;
-    for (end = begin; end < block.count && scratch.views[end].view == view; ++end) {
-      first = min64(first, scratch.views[end].own_first);
-      last = max64(last, scratch.views[end].own_last);
-    }
-    if (first >= last) continue;
-    share(split, op.splits, &first, &last);
-    attend(op, block, first, last, begin, end - begin, scratch, state,
-           [&](int64_t at, int64_t count) {
-             return own_run(op, block.kv_head, op.views[view].row, at, count);
-           });
+    int64_t first, last;
+    own_keys(begin, &end, &first, &last);
+    const auto make_run = [&](int64_t at, int64_t count) { return own_keys_run(begin, at, count); };
+    attend(op, block, first, last, begin, end - begin, scratch, state, make_run,
+           first_own_run(end));
   }
 
   if (op.splits > 1) return;

@@ -61,10 +61,25 @@ SOFTPROMPT_FAST_INLINE void lanes_to_rows(const float* from, int64_t lanes, int6
   }
 }
 
+// Keys or values that come next, to be asked for a few lines at a time beside the arithmetic: a
+// burst would fill the core's few slots for outstanding lines, and hold up the loads behind it.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row = 0, rows = 0, lines = 0;  // row: bytes from one to the next
+
+  // Lines first, first + step, ... of row i.
+  SOFTPROMPT_FAST_INLINE void fetch(int64_t i, int64_t first, int64_t step) const {
+    if (i >= rows) return;
+    for (int64_t line = first; line < lines; line += step) {
+      __builtin_prefetch(data + i * row + 64 * line, 0, 2);
+    }
+  }
+};
+
 // Scores become weights; maxima, sums and the factor by which earlier weights fade follow.
 // masked: some query does not see all of the run.
 SOFTPROMPT_FAST_INLINE void soften_stack(const Stack& stack, int64_t count, float softcap,
-                                         bool masked) {
+                                         bool masked, const Ahead& keys, const Ahead& values) {
   const Vec lowest = splat(-__builtin_inff());
   for (int64_t lane = 0; lane < stack.lanes; lane += W) {
     float* scores = stack.scores + lane;
@@ -104,6 +119,10 @@ SOFTPROMPT_FAST_INLINE void soften_stack(const Stack& stack, int64_t count, floa
       const Vec weight2 = exp(load(next) - offset);
       store(at, weight);
       store(next, weight2);
+      for (int64_t i = k; i < k + 2; ++i) {
+        keys.fetch(i, lane / W, stack.lanes / W);
+        values.fetch(i, lane / W, stack.lanes / W);
+      }
       sums += weight;
       more += weight2;
     }

@@ -21,11 +21,13 @@ constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 // C[R, V * W] = (keep ? C : 0) + sum_k A[R, k] B[k, V * W]. Element (r, k) of A stands at
 // a[r * a_row + k * a_col], so the same code multiplies by a transposed A. C is added at the end: a
 // long sum made of short ones is the more accurate one. With `fade` [V * W], column n of C is first
-// multiplied by fade[n].
-template <int R, int V, typename Storage>
+// multiplied by fade[n]. With
+// kLines, so many lines of memory from `ahead` on are asked for at every step of k.
+template <int R, int V, typename Storage, int kLines = 0>
 SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                                  const typename Storage::Element* b, int64_t b_row, float* c,
-                                 int64_t c_row, bool keep, const float* fade = nullptr) {
+                                 int64_t c_row, bool keep, const float* fade = nullptr,
+                                 const char* ahead = nullptr) {
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -44,6 +46,11 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
     }
     a += a_col;
     b += b_row;
+    if constexpr (kLines > 0) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+      ahead += 64 * kLines;
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -57,12 +64,23 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
   }
 }
 
-// The same for any number of rows.
+// The same for any number of rows. `ahead` (or null) is the memory that B will be next, 2 * depth
+// lines of it: the first two tiles of rows ask for half of them each, or the only one for all, so
+// that their way here takes place beside the arithmetic and not in front of it.
 template <int V, typename Storage>
 void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                  const typename Storage::Element* b, int64_t b_row, float* c, int64_t c_row,
-                 bool keep, const float* fade = nullptr) {
+                 bool keep, const float* fade = nullptr, const char* ahead = nullptr) {
   constexpr int R = tile_rows(V);
+  if (ahead && rows >= 2 * R) {
+    for (int part = 0; part < 2; ++part, rows -= R, a += R * a_row, c += R * c_row) {
+      tile<R, V, Storage, 1>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade,
+                             ahead + part * 64 * depth);
+    }
+  } else if (ahead && rows >= R) {
+    tile<R, V, Storage, 2>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade, ahead);
+    rows -= R, a += R * a_row, c += R * c_row;
+  }
   for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row) {
     tile<R, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
   }
