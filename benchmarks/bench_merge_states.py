@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _harness import backends
 
 from softprompt_fast import ops
 
 SHAPES = {"decode B32": (32, 9, 1), "prefill B32 S16": (32, 9, 16), "B1 S2048": (1, 9, 2048)}
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", backends("merge_states"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_merge_states(benchmark, shape: str, backend: str) -> None:
     out_a, out_b = torch.randn(2, *SHAPES[shape], 64)

@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M behind a soft prompt: this package against PEFT and against transformers with the prefix expanded.
+"""SmolLM2-135M behind a soft prompt: this package against PEFT, against transformers with the prefix expanded, and
+against vLLM with ``prompt_embeds`` and prefix caching.
 
     python benchmarks/bench_model.py serve --batch 32 --virtual-tokens 512 --own 16 --new 32
+    python benchmarks/bench_model.py serve --batch 32 --systems ours,vllm --vllm-python vllm-env/bin/python
     python benchmarks/bench_model.py serve --batch 1 --virtual-tokens 100 --own 16 --new 32
     python benchmarks/bench_model.py train --batch 16 --virtual-tokens 100 --own 32
 
-All systems run in one process, interleaved (A B C, A B C, ...); ratios are medians of per-round ratios, so that a
-machine that slows down slows all of them. Before any ratio is printed, outputs are compared: a speed-up over a
-different answer is none.
+The systems take turns (A B C, A B C, ...), one computing while the others rest, so that a machine that slows down slows
+all of them; see ``_harness.py``. All get the same soft prompt, and in every round the same new own tokens, as a server
+would: nothing but the soft prompt comes back. Before any ratio is printed, outputs are compared: a speed-up over a
+different answer is none. vLLM lives in an environment of its own, see ``bench_vllm.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import ratio, show, shown, spread, write_json
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import softprompt_fast as spf
-from softprompt_fast.demo.assets import load_demo_model
+from softprompt_fast.demo.assets import demo_model_dir, load_demo_model
+
+Times = dict[str, float]
+System = Callable[[Tensor], tuple[Tensor, Times]]
+"""From own tokens ``[B, S]`` to a result to compare, and the seconds to it."""
 
 
 class FirstToken(LogitsProcessor):
@@ -36,13 +47,56 @@ class FirstToken(LogitsProcessor):
     def __init__(self) -> None:
         self.at: float | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.at is None:
             self.at = time.perf_counter()
         return scores
 
 
-def make_systems(base: Any, virtual_tokens: int) -> tuple[Any, spf.SoftPromptModel]:
+class Vllm:
+    """vLLM in a process of its own; a context, at whose end the process ends.
+
+    Raises:
+        RuntimeError: it did not start; the message holds the end of what it printed.
+    """
+
+    def __init__(self, python: Path, prompt: Tensor, tokens: int, new: int, preload: str | None) -> None:
+        self.new = new
+        self.folder = tempfile.TemporaryDirectory()
+        file, log = Path(self.folder.name) / "prompt.safetensors", Path(self.folder.name) / "log"
+        save_file({"prompt": prompt.detach().contiguous()}, file)
+        script = Path(__file__).with_name("bench_vllm.py")
+        command = [str(python), str(script), "--model", str(demo_model_dir()), "--prompt", str(file)]
+        self.process = subprocess.Popen(
+            [*command, "--tokens", str(tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env=os.environ | ({"LD_PRELOAD": preload} if preload else {}),
+            text=True,
+        )
+        self.log = log
+        self.setting = self._read()
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Times]:
+        assert self.process.stdin is not None
+        print(json.dumps({"ids": ids.tolist(), "new": self.new}), file=self.process.stdin, flush=True)
+        answer = self._read()
+        return torch.tensor(answer["ids"]), answer["times"]
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("\n".join(self.log.read_text().splitlines()[-20:]))
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.communicate()  # closes its input, which is its sign to end
+        self.folder.cleanup()
+
+
+def make_models(base: Any, virtual_tokens: int) -> tuple[Any, spf.SoftPromptModel]:
     """A PEFT prompt-tuning model with random virtual tokens of the vocabulary's scale, and ours over its tensors."""
     from peft import PromptTuningConfig, get_peft_model
 
@@ -57,13 +111,12 @@ def make_systems(base: Any, virtual_tokens: int) -> tuple[Any, spf.SoftPromptMod
 def serve(args: argparse.Namespace) -> dict[str, Any]:
     base, _ = load_demo_model()
     base.generation_config.eos_token_id = None
-    peft_model, ours = make_systems(base, args.virtual_tokens)
+    peft_model, ours = make_models(base, args.virtual_tokens)
     ours.eval()
-    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.own))
-    ones = torch.ones_like(ids)
+    ones = torch.ones(args.batch, args.own, dtype=torch.long)
     prefix = ours.compile_prompt("default")
 
-    def run(model: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    def run(model: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Times]:
         first = FirstToken()
         started = time.perf_counter()
         out = model(
@@ -77,40 +130,63 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         assert first.at is not None
         return out[:, args.own :], {"first token": first.at - started, "total": ended - started}
 
-    def run_expanded() -> tuple[torch.Tensor, dict[str, float]]:
+    def run_expanded(ids: Tensor) -> tuple[Tensor, Times]:
         started = time.perf_counter()
         cache = DynamicCache()
         for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(key.expand(args.batch, -1, -1, -1), value.expand(args.batch, -1, -1, -1), layer)
         filled = time.perf_counter() - started
         mask = torch.ones(args.batch, args.virtual_tokens + args.own, dtype=torch.long)
-        out, times = run(base.generate, past_key_values=cache, attention_mask=mask)
+        out, times = run(base.generate, ids, past_key_values=cache, attention_mask=mask)
         return out, {name: seconds + filled for name, seconds in times.items()}
 
-    systems: dict[str, Callable[[], Any]] = {
-        "ours": lambda: run(ours.generate, attention_mask=ones),
+    systems: dict[str, System] = {
+        "ours": lambda ids: run(ours.generate, ids, attention_mask=ones),
         "expanded": run_expanded,
-        "peft": lambda: run(peft_model.generate, attention_mask=ones),
+        "peft": lambda ids: run(peft_model.generate, ids, attention_mask=ones),
     }
     systems = {name: system for name, system in systems.items() if name in args.systems}
-    samples, outputs = interleave(systems, args.rounds, args.warmup)
-    agreement = {name: float((outputs[name] == outputs["ours"]).float().mean()) for name in outputs if name != "ours"}
-    return {"samples": samples, "agreement": agreement, "prefix_bytes": prefix.nbytes}
+    result: dict[str, Any] = {"prefix_bytes": prefix.nbytes}
+    vllm: Vllm | None = None
+    if "vllm" in args.systems and args.vllm_python is None:
+        print("vllm: skipped, --vllm-python does not say where it is installed")
+    elif "vllm" in args.systems:
+        prompt = peft_model.prompt_encoder["default"].embedding.weight
+        tokens = args.virtual_tokens + args.own + args.new
+        try:
+            systems["vllm"] = vllm = Vllm(args.vllm_python, prompt, tokens, args.new, args.vllm_preload)
+            result["vllm"] = vllm.setting
+        except (OSError, RuntimeError) as error:
+            print(f"vllm: skipped, it does not start: {error}")
+    try:
+        samples, outputs = take_turns(systems, args, base.config.vocab_size)
+    finally:
+        if vllm is not None:
+            vllm.close()
+    same = {name: [torch.equal(a, b) for a, b in zip(torch.cat(out), torch.cat(outputs["ours"]), strict=True)]
+            for name, out in outputs.items() if name != "ours"}  # fmt: skip
+    result["agreement"] = {
+        name: {
+            "tokens": float((torch.cat(outputs[name]) == torch.cat(outputs["ours"])).float().mean()),
+            "rows": sum(rows) / len(rows),
+        }
+        for name, rows in same.items()
+    }
+    return result | {"samples": samples}
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     base, _ = load_demo_model()
-    peft_model, ours = make_systems(base, args.virtual_tokens)
+    peft_model, ours = make_models(base, args.virtual_tokens)
     peft_model.train()
     ours.train()
     weight = peft_model.prompt_encoder["default"].embedding.weight
-    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.own))
-    ones = torch.ones_like(ids)
-    labels = ids.clone()
-    if args.labels != "all":
-        labels[:, : -int(args.labels)] = -100
+    ones = torch.ones(args.batch, args.own, dtype=torch.long)
 
-    def step(model: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    def step(model: Any, ids: Tensor) -> tuple[Tensor, Times]:
+        labels = ids.clone()
+        if args.labels != "all":
+            labels[:, : -int(args.labels)] = -100
         weight.grad = None
         started = time.perf_counter()
         loss = model(input_ids=ids, attention_mask=ones, labels=labels).loss
@@ -118,30 +194,33 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         ended = time.perf_counter()
         return torch.cat([loss.detach()[None], weight.grad.flatten()]), {"total": ended - started}
 
-    systems: dict[str, Callable[[], Any]] = {"ours": lambda: step(ours), "peft": lambda: step(peft_model)}
+    systems: dict[str, System] = {"ours": lambda ids: step(ours, ids), "peft": lambda ids: step(peft_model, ids)}
     systems = {name: system for name, system in systems.items() if name in args.systems}
-    samples, outputs = interleave(systems, args.rounds, args.warmup)
+    samples, outputs = take_turns(systems, args, base.config.vocab_size)
     agreement = {}
-    if "peft" in outputs:
-        mine, theirs = outputs["ours"], outputs["peft"]
-        agreement["peft"] = {
-            "loss": float((mine[0] - theirs[0]).abs() / theirs[0].abs()),
-            "gradient": float((mine[1:] - theirs[1:]).norm() / theirs[1:].norm()),
+    for name in outputs.keys() - {"ours"}:
+        pairs = list(zip(outputs["ours"], outputs[name], strict=True))
+        agreement[name] = {
+            "loss": max(float((a[0] - b[0]).abs() / b[0].abs()) for a, b in pairs),
+            "gradient": max(float((a[1:] - b[1:]).norm() / b[1:].norm()) for a, b in pairs),
         }
     return {"samples": samples, "agreement": agreement}
 
 
-def interleave(
-    systems: dict[str, Callable[[], Any]], rounds: int, warmup: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def take_turns(
+    systems: dict[str, System], args: argparse.Namespace, vocabulary: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[Tensor]]]:
+    """Seconds and results of every system, one a round; the own tokens change with the round."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in systems}
-    outputs: dict[str, Any] = {}
-    for number in range(-warmup, rounds):
+    outputs: dict[str, list[Tensor]] = {name: [] for name in systems}
+    for number in range(-args.warmup, args.rounds):
+        ids = torch.randint(0, vocabulary, (args.batch, args.own))
         for name, system in systems.items():
             if number < 0 and name == "peft":
                 continue  # its first round is minutes long; the allocator is warm by then
-            outputs[name], times = system()
+            output, times = system(ids)
             if number >= 0:
+                outputs[name].append(output)
                 for what, seconds in times.items():
                     samples[name].setdefault(what, []).append(seconds)
             print(f"round {number}: {name} {times}", file=sys.stderr, flush=True)
@@ -149,25 +228,19 @@ def interleave(
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=f"{args.workload}: batch {args.batch}, P {args.virtual_tokens}, own tokens {args.own}")
-    for column in ("system", "what", "median s", "min", "max", "ours is faster by"):
+    for column in ("system", "what", "seconds: median [p20, p80]", "ours is faster by"):
         table.add_column(column)
-    result["ratios"] = {}
+    ours, result["ratios"] = result["samples"]["ours"], {}
     for name, whats in result["samples"].items():
         for what, seconds in whats.items():
-            ratios = [t / o for t, o in zip(seconds, result["samples"]["ours"][what], strict=True)]
-            shown = (
-                "" if name == "ours" else f"{statistics.median(ratios):.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
-            )
+            compared = ""
             if name != "ours":
-                result["ratios"][f"{name}, {what}"] = statistics.median(ratios)
-            row = statistics.median(seconds), min(seconds), max(seconds)
-            table.add_row(name, what, *(f"{t:.3f}" for t in row), shown)
-    Console().print(table)
+                result["ratios"][f"{name}, {what}"] = ratio(seconds, ours[what])
+                compared = shown(result["ratios"][f"{name}, {what}"])
+            table.add_row(name, what, shown(spread(seconds), " s"), compared)
     print("agreement with ours:", json.dumps(result["agreement"]))
+    show(table)
 
 
 def main() -> None:
@@ -178,34 +251,20 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=16)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--labels", default="all", help="train: 'all', or how many last tokens a row carry a label")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--systems", default="ours,expanded,peft", type=lambda text: text.split(","))
-    parser.add_argument("--json", type=Path, help="write samples, ratios and versions here")
+    parser.add_argument("--systems", default="ours,expanded,peft,vllm", help="which, with commas; ours always")
+    parser.add_argument("--vllm-python", type=Path, help="serve: the Python of an environment with vLLM")
+    parser.add_argument("--vllm-preload", help="serve: LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
+    parser.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
     args = parser.parse_args()
+    args.systems = {"ours", *args.systems.split(",")}
     torch.manual_seed(0)
     result = serve(args) if args.workload == "serve" else train(args)
     report(result, args)
     if args.json:
-        import peft
-        import transformers
-
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        result["setting"] = {
-            "workload": args.workload,
-            **{name: getattr(args, name) for name in ("batch", "virtual_tokens", "own", "new", "labels", "rounds")},
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "commit": commit,
-            "command": " ".join(["python", "benchmarks/bench_model.py", *sys.argv[1:]]),
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        shape = ("workload", "batch", "virtual_tokens", "own", "new", "labels", "rounds")
+        write_json(args.json, {"shape": {name: getattr(args, name) for name in shape}, **result})
 
 
 if __name__ == "__main__":

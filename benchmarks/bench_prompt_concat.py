@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from _harness import backends
 
 from softprompt_fast import ops
 
@@ -18,21 +19,21 @@ WIDTH, VOCABULARY = 576, 49152
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("system", ["softprompt_fast", "three steps"])
+@pytest.mark.parametrize("system", [*backends("prompt_concat"), "three steps"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompt_concat(benchmark, shape: str, system: str, train: bool) -> None:
     batch, own, virtual = SHAPES[shape]
     tokens, table = torch.randint(0, VOCABULARY, (batch, own)), torch.randn(VOCABULARY, WIDTH)
     prompt = torch.randn(virtual, WIDTH, requires_grad=train)
 
-    def ours() -> torch.Tensor:
-        return ops.prompt_concat(tokens, table, prompt)
+    def one_op() -> torch.Tensor:
+        return ops.prompt_concat(tokens, table, prompt, backend=system)
 
     def steps() -> torch.Tensor:
         return torch.cat([prompt.unsqueeze(0).repeat(batch, 1, 1), F.embedding(tokens, table)], 1)
 
-    assert torch.equal(ours(), steps())
-    make = ours if system == "softprompt_fast" else steps
+    make = steps if system == "three steps" else one_op
+    assert torch.equal(make(), steps())
 
     def step() -> None:
         out = make()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _harness import backends
 
 from softprompt_fast import ops
 
@@ -16,7 +17,7 @@ SHAPES = {"compile P512": (1, 0, 512), "training B16 S32 P100": (16, 32, 100), "
 WIDTH, VOCABULARY, Q_HEADS, KV_HEADS, HEAD_DIM = 576, 49152, 9, 3, 64
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", backends("prompt_qkv"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompt_qkv(benchmark, shape: str, backend: str) -> None:
     batch, own, virtual = SHAPES[shape]

@@ -76,4 +76,5 @@ PYBIND11_MODULE(_C, m) {
   softprompt_fast::bind_linear(m);
   softprompt_fast::bind_merge_states(m);
   softprompt_fast::bind_prefix_attention(m);
+  softprompt_fast::bind_prompt_concat(m);
 }

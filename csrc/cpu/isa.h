@@ -4,7 +4,9 @@
 
 #include "linear_kernel.h"
 #include "merge_states_kernel.h"
+#include "prefix_attention_backward_kernel.h"
 #include "prefix_attention_kernel.h"
+#include "prompt_concat_kernel.h"
 
 namespace softprompt_fast {
 namespace SOFTPROMPT_FAST_ISA {
@@ -14,12 +16,18 @@ const Kernels kKernels = {
     W,
     prefix_attention,
     prefix_attention_merge,
+    prefix_attention_backward,
+    prefix_attention_backward_sum,
+    merge_states,
+    merge_states_backward,
+    prompt_concat,
+    prompt_concat_grad_prompt,
+    prompt_concat_grad_tokens,
     pack_panel,
     norm_rows,
     linear,
     gated_linear,
     qkv_linear,
-    merge_states,
 };
 
 }  // namespace SOFTPROMPT_FAST_ISA

@@ -5,101 +5,62 @@
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
 #include "dispatch.h"
 #include "parallel.h"
+#include "prefix_attention_rows.h"
 
 namespace softprompt_fast {
 namespace {
 
 constexpr int64_t kMaxBlock = 96;  // queries: their scores, states and a key block fit the L2 cache
-constexpr int64_t kFar = int64_t{1} << 60;
-constexpr int64_t kMinBlock = 48;  // below, transposing the keys once a block would show
+constexpr int64_t kMinBlock = 48;  // below, reading the keys once a block would show
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void check_values(const char* name, const Index& index, int64_t size, int64_t low, int64_t high) {
-  if (!index) return;
-  SOFTPROMPT_FAST_CHECK(index.size == size, name, ": expected ", size, " values, found ",
-                        index.size);
-  for (int64_t i = 0; i < size; ++i) {
-    SOFTPROMPT_FAST_CHECK(index[i] >= low && index[i] <= high, name, ": expected values within ",
-                          low, "..", high, ", found ", index[i], " in place ", i);
-  }
-}
-
 }  // namespace
-
-void check_rows(const PrefixAttention& op, const PrefixAttentionRows& rows) {
-  const Index& offsets = rows.prefix_offsets;
-  int64_t prefixes = 1, longest = op.packed;
-  if (offsets) {
-    SOFTPROMPT_FAST_CHECK(offsets.size >= 2, "prefix_offsets: expected 2 values or more, found ",
-                          offsets.size);
-    check_values("prefix_offsets", offsets, offsets.size, 0, op.packed);
-    prefixes = offsets.size - 1;
-    longest = 0;
-    for (int64_t n = 0; n < prefixes; ++n) {
-      const int64_t size = offsets[n + 1] - offsets[n];
-      SOFTPROMPT_FAST_CHECK(size >= 0, "prefix_offsets: expected rising values, found ",
-                            offsets[n + 1], " behind ", offsets[n]);
-      longest = std::max(longest, size);
-    }
-  }
-  check_values("prefix_index", rows.prefix_index, op.batch, -1, prefixes - 1);
-  check_values("own_start", rows.own_start, op.batch, 0, op.own);
-  check_values("own_end", rows.own_end, op.batch, 0, op.own);
-  check_values("query_start", rows.query_start, op.batch, INT64_MIN, INT64_MAX);
-  SOFTPROMPT_FAST_CHECK(!op.bias || op.bias_columns >= longest, "bias: expected at least ", longest,
-                        " columns before the own keys', found ", op.bias_columns);
-}
 
 PrefixAttentionPlan plan_prefix_attention(int64_t stacked, int64_t per_row, int64_t kv_heads,
                                           int64_t keys, int threads) {
-  // Whole rows where they fit, so that a row's own keys are read by one block.
-  const auto fit = [&](int64_t size) {
-    if (per_row > size) return ceil_div(per_row, ceil_div(per_row, size));
-    return std::min(stacked, size / per_row * per_row);
+  // A block holds whole rows where they fit, so that a row's own keys are read once; else equal
+  // parts of one row, in multiples of the vectors' lanes.
+  const bool whole_rows = per_row <= kMaxBlock;
+  const int64_t unit = whole_rows ? stacked : per_row, step = whole_rows ? per_row : kMaxLanes;
+  const auto size_of = [&](int64_t blocks) {
+    return ceil_div(ceil_div(unit, blocks), step) * step;
+  };
+  const auto tasks_of = [&](int64_t size) {
+    return kv_heads * ceil_div(unit, size) * ceil_div(stacked, unit);
   };
   const auto even = [&](int64_t tasks) {
     return tasks >= 4 * threads || (tasks >= threads && tasks % threads == 0);
   };
-  int64_t size = fit(kMaxBlock);
-  for (int64_t blocks = ceil_div(stacked, size) + 1;
-       stacked / blocks >= kMinBlock && !even(kv_heads * ceil_div(stacked, size)); ++blocks) {
-    size = fit(ceil_div(stacked, blocks));
-  }
-  const int64_t tasks = kv_heads * ceil_div(stacked, size);
+  int64_t blocks = ceil_div(unit, kMaxBlock), size = size_of(blocks);
+  while (!even(tasks_of(size)) && unit / (blocks + 1) >= kMinBlock) size = size_of(++blocks);
+  const int64_t tasks = tasks_of(size);
   if (even(tasks)) return {size, 1};
   const int64_t splits = std::min(ceil_div(4 * threads, tasks), keys / (2 * kKeyBlock));
   return {size, std::max<int64_t>(splits, 1)};
 }
 
-void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads) {
-  if (op.batch == 0 || op.queries == 0 || op.q_heads == 0) return;
-  op.window = std::min(op.window, kFar);
-  // Kept between calls, as the workspace is: a decode step allocates nothing.
-  thread_local std::vector<RowView> views;
-  thread_local std::vector<QueryBlock> blocks;
-  thread_local std::vector<int64_t> begins;  // where in views the rows of each prefix begin
-
-  // Rows sorted by their prefix, those without one last.
+void place_rows(const PrefixAttention& op, const PrefixAttentionRows& rows, PlacedRows& placed) {
   const int64_t prefixes = rows.prefix_offsets ? rows.prefix_offsets.size - 1 : 1;
   const auto prefix_of = [&](int64_t row) {
     const int64_t prefix = rows.prefix_index ? rows.prefix_index[row] : 0;
     return prefix < 0 ? prefixes : prefix;
   };
-  begins.assign(prefixes + 2, 0);
-  for (int64_t row = 0; row < op.batch; ++row) ++begins[prefix_of(row) + 1];
-  int64_t largest = 0, longest = 0;
+  std::vector<int64_t>& ends = placed.ends;  // until the rows are placed: where they begin
+  ends.assign(prefixes + 2, 0);
+  for (int64_t row = 0; row < op.batch; ++row) ++ends[prefix_of(row) + 1];
+  placed.largest = placed.longest = 0;
   for (int64_t prefix = 0; prefix <= prefixes; ++prefix) {
-    largest = std::max(largest, begins[prefix + 1]);
-    begins[prefix + 1] += begins[prefix];
+    placed.largest = std::max(placed.largest, ends[prefix + 1]);
+    ends[prefix + 1] += ends[prefix];
   }
-  views.resize(op.batch);
+  ends.pop_back();
+  placed.views.resize(op.batch);
   for (int64_t row = 0; row < op.batch; ++row) {
     const int64_t prefix = prefix_of(row);
-    RowView& view = views[begins[prefix]++];
+    RowView& view = placed.views[ends[prefix]++];
     view.row = row;
     view.prefix_first = view.prefix_size = 0;
     if (prefix < prefixes) {
@@ -107,34 +68,45 @@ void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, 
       const int64_t end = rows.prefix_offsets ? rows.prefix_offsets[prefix + 1] : op.packed;
       view.prefix_size = end - view.prefix_first;
     }
-    longest = std::max(longest, view.prefix_size);
+    placed.longest = std::max(placed.longest, view.prefix_size);
     view.own_first = rows.own_start ? rows.own_start[row] : 0;
     view.own_last = rows.own_end ? rows.own_end[row] : op.own;
-    // Far out, every position sees the same; without the limit its sums would overflow.
     view.query_start =
         rows.query_start ? std::clamp(rows.query_start[row], -kFar, kFar) : op.own - op.queries;
   }
+}
+
+void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads) {
+  if (op.batch == 0 || op.queries == 0 || op.q_heads == 0) return;
+  // Kept between calls, as the workspace is: a decode step allocates nothing.
+  thread_local PlacedRows placed;
+  thread_local std::vector<QueryBlock> blocks;
+  place_rows(op, rows, placed);
 
   // The work decides whether a second thread is worth waking: not for less than some 10 us.
-  const double work = 1.0 * op.batch * op.q_heads * op.queries * (longest + op.own) *
+  const double work = 1.0 * op.batch * op.q_heads * op.queries * (placed.longest + op.own) *
                       static_cast<double>(op.head_dim + op.v_dim);
   if (work < 1 << 19) threads = 1;
   const int64_t per_row = op.queries * op.groups;
-  const PrefixAttentionPlan plan =
-      plan_prefix_attention(largest * per_row, per_row, op.kv_heads, longest + op.own, threads);
+  const PrefixAttentionPlan plan = plan_prefix_attention(
+      placed.largest * per_row, per_row, op.kv_heads, placed.longest + op.own, threads);
 
   blocks.clear();
-  for (int64_t prefix = 0, begin = 0; prefix <= prefixes; begin = begins[prefix++]) {
-    // Placing the rows has moved begins[prefix] to where the prefix's rows end.
-    const int64_t stacked = (begins[prefix] - begin) * per_row;
+  int64_t begin = 0;
+  for (const int64_t end : placed.ends) {
+    const int64_t stacked = (end - begin) * per_row;
     for (int64_t head = 0; head < op.kv_heads; ++head) {
-      for (int64_t first = 0; first < stacked; first += plan.block_size) {
-        blocks.push_back({begin, first, std::min(plan.block_size, stacked - first), head});
+      for (int64_t first = 0, count; first < stacked; first += count) {
+        count = std::min(plan.block_size, stacked - first);
+        // A block that holds no whole row ends with its row.
+        if (per_row > plan.block_size) count = std::min(count, per_row - first % per_row);
+        blocks.push_back({begin, first, count, head});
       }
     }
+    begin = end;
   }
 
-  op.views = views.data();
+  op.views = placed.views.data();
   op.blocks = blocks.data();
   op.num_blocks = static_cast<int64_t>(blocks.size());
   op.block_size = plan.block_size;

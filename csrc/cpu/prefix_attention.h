@@ -50,21 +50,24 @@ struct PrefixAttention {
 
 constexpr int64_t kKeyBlock = 64;  // keys scored at a time
 constexpr int64_t kMaxLanes = 16;
+// Positions and windows end here: beyond, a query sees the same, and sums of them would overflow.
+constexpr int64_t kFar = int64_t{1} << 60;
 
 constexpr int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
 // A partial state: the weighted sum of values, then the running maximum and the sum of weights.
 constexpr int64_t partial_width(int64_t v_dim) { return padded(v_dim) + kMaxLanes; }
 
-// Floats of scratch that a task needs. One commented sum, see the kernel for the order.
+// Floats of scratch that a task needs, in the order of the kernel's Scratch.
 constexpr int64_t prefix_attention_scratch(int64_t block, int64_t head_dim, int64_t v_dim) {
-  return block * padded(head_dim)        // queries
-         + block * partial_width(v_dim)  // state
-         + block * kKeyBlock             // scores
-         + padded(head_dim) * kKeyBlock  // keys, transposed
-         + kKeyBlock * padded(head_dim)  // keys as floats
-         + kKeyBlock * padded(v_dim)     // values as floats
-         + block * 8;                    // each query's ranges of keys
+  return block * padded(head_dim)                                  // queries
+         + block * partial_width(v_dim)                            // state
+         + padded(block) * kKeyBlock                               // scores
+         + padded(head_dim) * kKeyBlock                            // keys, transposed
+         + kKeyBlock * padded(head_dim)                            // keys as floats
+         + kKeyBlock * padded(v_dim)                               // values as floats
+         + (padded(head_dim) + padded(v_dim) + 5) * padded(block)  // queries and state, stacked
+         + block * 8;                                              // each query's ranges of keys
 }
 
 // Values of an index tensor, int32 or int64, dense.
@@ -83,10 +86,6 @@ struct Index {
 struct PrefixAttentionRows {
   Index prefix_offsets, prefix_index, own_start, own_end, query_start;
 };
-
-// Throws std::invalid_argument, with expected and found, unless every index has its length and its
-// values stay inside the pack, the own keys and the bias. query_start may hold anything.
-void check_rows(const PrefixAttention& op, const PrefixAttentionRows& rows);
 
 // Fills in the plan and computes out and lse. All arguments have been checked.
 void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads);

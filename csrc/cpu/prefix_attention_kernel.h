@@ -5,6 +5,7 @@
 #pragma once
 
 #include "prefix_attention.h"
+#include "prefix_attention_stacked.h"
 #include "tile.h"
 
 namespace softprompt_fast {
@@ -36,24 +37,27 @@ struct KeyRun {
   bool prefix;
 };
 
-// Scratch of one task; PrefixAttention's prefix_attention_scratch counts it.
+// Scratch of one task; prefix_attention_scratch counts it.
 struct Scratch {
   float* query;       // [block, padded(D)]
   float* state;       // [block, partial_width(Dv)]
-  float* scores;      // [block, kKeyBlock]
+  float* scores;      // [block, kKeyBlock], or of a stack [kKeyBlock, lanes]
   float* transposed;  // [padded(D), kKeyBlock]
   float* key;         // [kKeyBlock, padded(D)]
   float* value;       // [kKeyBlock, padded(Dv)]
+  float* stack;       // [padded(D) + padded(Dv) + 5, lanes]
   QueryView* views;   // [block]
 
   Scratch(float* memory, int64_t block, int64_t head_dim, int64_t v_dim) {
+    const int64_t lanes = padded(block);
     query = memory;
     state = query + block * padded(head_dim);
     scores = state + block * partial_width(v_dim);
-    transposed = scores + block * kKeyBlock;
+    transposed = scores + lanes * kKeyBlock;
     key = transposed + padded(head_dim) * kKeyBlock;
     value = key + kKeyBlock * padded(head_dim);
-    views = (QueryView*)(value + kKeyBlock * padded(v_dim));
+    stack = value + kKeyBlock * padded(v_dim);
+    views = (QueryView*)(stack + (padded(head_dim) + padded(v_dim) + 5) * lanes);
   }
 };
 
@@ -75,20 +79,20 @@ SOFTPROMPT_FAST_INLINE const float* as_rows(const void* from, DType dtype, int64
   return scratch;
 }
 
-// rows [count, columns] -> to [columns, kKeyBlock], columns and count rounded up to W.
+// rows [count, columns] -> to [columns, to_row], columns and count rounded up to W.
 SOFTPROMPT_FAST_INLINE void transpose_rows(const float* from, int64_t from_row, int64_t count,
-                                           int64_t columns, float* to) {
+                                           int64_t columns, float* to, int64_t to_row) {
   for (int64_t i = 0; i < count; i += W) {
     if (i + W <= count) {
       for (int64_t c = 0; c < columns; c += W) {
-        transpose(from + i * from_row + c, from_row, to + c * kKeyBlock + i, kKeyBlock);
+        transpose(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
       }
       continue;
     }
     // The last rows, fewer than W: nothing behind them may be read.
     for (int64_t c = 0; c < columns; ++c) {
       for (int64_t j = 0; j < W; ++j) {
-        to[c * kKeyBlock + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
+        to[c * to_row + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
       }
     }
   }
@@ -226,7 +230,7 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
   if (rows < kTransposeRows) {
     dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores);
   } else {
-    transpose_rows(key, key_row, run.count, columns, scratch.transposed);
+    transpose_rows(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
     matmul(rows, round_up(run.count, W), op.head_dim, query, query_row, 1, scratch.transposed,
            kKeyBlock, scores, kKeyBlock, false);
   }
@@ -242,6 +246,121 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
                                scratch.value, padded(op.v_dim), &value_row);
   matmul(rows, v_columns, run.count, scores, kKeyBlock, 1, value, value_row, state + at * state_row,
          state_row, true);
+}
+
+// The same for the runs of [first, last), the queries stacked a lane each.
+template <typename MakeRun>
+inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t last, int64_t at,
+                           int64_t rows, const Scratch& scratch, float* state,
+                           const MakeRun& make_run) {
+  const int64_t query_row = padded(op.head_dim), state_row = partial_width(op.v_dim);
+  const int64_t v_columns = round_up(op.v_dim, W), lanes = round_up(rows, W);
+  Stack stack;
+  stack.rows = rows;
+  stack.lanes = lanes;
+  stack.query = scratch.stack;
+  stack.state = stack.query + padded(op.head_dim) * lanes;
+  stack.highest = stack.state + padded(op.v_dim) * lanes;
+  stack.total = stack.highest + lanes;
+  stack.fade = stack.total + lanes;
+  stack.first = stack.fade + lanes;
+  stack.last = stack.first + lanes;
+  stack.scores = scratch.scores;
+  rows_to_lanes(scratch.query + at * query_row, query_row, rows, round_up(op.head_dim, W),
+                stack.query, lanes);
+  rows_to_lanes(state + at * state_row, state_row, rows, v_columns, stack.state, lanes);
+  for (int64_t r = 0; r < lanes; ++r) {
+    const float* of_row = state + (at + min64(r, rows - 1)) * state_row + padded(op.v_dim);
+    stack.highest[r] = of_row[0];
+    stack.total[r] = of_row[1];
+  }
+  for (int64_t begin = first; begin < last; begin += kKeyBlock) {
+    const KeyRun run = make_run(begin, min64(kKeyBlock, last - begin));
+    bool masked = false, seen = false;
+    for (int64_t r = 0; r < lanes; ++r) {
+      const QueryView& view = scratch.views[at + min64(r, rows - 1)];
+      const int64_t from = max64((run.prefix ? view.prefix : view.own_first) - run.first, 0);
+      const int64_t to = run.prefix ? run.count : min64(view.own_last - run.first, run.count);
+      stack.first[r] = static_cast<float>(min64(from, run.count));
+      stack.last[r] = static_cast<float>(max64(to, 0));
+      masked |= from > 0 || to < run.count;
+      seen |= from < to;
+    }
+    if (!seen) continue;
+    int64_t key_row, value_row;
+    const float* key =
+        as_rows(run.key, run.dtype, run.key_row, run.key_col, run.count, op.head_dim, run.key_scale,
+                run.scale_at, op.scale_block, scratch.key, query_row, &key_row);
+    matmul(run.count, lanes, op.head_dim, key, key_row, 1, stack.query, lanes, stack.scores, lanes,
+           false);
+    soften_stack(stack, run.count, op.softcap, masked);
+    const float* value = as_rows(run.value, run.dtype, run.value_row, run.value_col, run.count,
+                                 op.v_dim, run.value_scale, run.scale_at, op.scale_block,
+                                 scratch.value, padded(op.v_dim), &value_row);
+    matmul(v_columns, lanes, run.count, value, 1, value_row, stack.scores, lanes, stack.state,
+           lanes, true, stack.fade);
+  }
+  lanes_to_rows(stack.state, lanes, rows, v_columns, state + at * state_row, state_row);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* of_row = state + (at + r) * state_row + padded(op.v_dim);
+    of_row[0] = stack.highest[r];
+    of_row[1] = stack.total[r];
+  }
+}
+
+// `rows` stacked queries from `at` on against the keys [first, last), a run at a time.
+template <typename MakeRun>
+inline void attend(const PrefixAttention& op, const QueryBlock& block, int64_t first, int64_t last,
+                   int64_t at, int64_t rows, const Scratch& scratch, float* state,
+                   const MakeRun& make_run) {
+  if (first >= last) return;
+  // A bias is read a row a query, which suits the other form.
+  if (rows >= kStackedRows && !op.bias) {
+    attend_stacked(op, first, last, at, rows, scratch, state, make_run);
+    return;
+  }
+  for (int64_t begin = first; begin < last; begin += kKeyBlock) {
+    const KeyRun run = make_run(begin, min64(kKeyBlock, last - begin));
+    attend_run(op, block, run, at, rows, scratch, state);
+  }
+}
+
+// `count` entries, from `at` on, of the prefix of a row.
+SOFTPROMPT_FAST_INLINE KeyRun prefix_run(const PrefixAttention& op, int64_t kv_head,
+                                         const RowView& view, int64_t at, int64_t count) {
+  const Tensor &k = op.prefix_key, &v = op.prefix_value;
+  const int64_t entry = view.prefix_first + at;
+  KeyRun run = {};
+  run.prefix = true;
+  run.dtype = k.dtype;
+  run.key_row = k.stride[1], run.key_col = k.stride[2];
+  run.value_row = v.stride[1], run.value_col = v.stride[2];
+  run.key = k.at(kv_head * k.stride[0] + entry * k.stride[1]);
+  run.value = v.at(kv_head * v.stride[0] + entry * v.stride[1]);
+  if (op.prefix_key_scale) {
+    run.key_scale = op.prefix_key_scale + kv_head * op.scale_stride;
+    run.value_scale = op.prefix_value_scale + kv_head * op.scale_stride;
+  }
+  run.scale_at = entry;
+  run.first = run.bias_column = at;
+  run.count = count;
+  return run;
+}
+
+// `count` own keys, from `at` on, of a row of the batch.
+SOFTPROMPT_FAST_INLINE KeyRun own_run(const PrefixAttention& op, int64_t kv_head, int64_t row,
+                                      int64_t at, int64_t count) {
+  const Tensor &k = op.key, &v = op.value;
+  KeyRun run = {};
+  run.dtype = k.dtype;
+  run.key_row = k.stride[2], run.key_col = k.stride[3];
+  run.value_row = v.stride[2], run.value_col = v.stride[3];
+  run.key = k.at(row * k.stride[0] + kv_head * k.stride[1] + at * k.stride[2]);
+  run.value = v.at(row * v.stride[0] + kv_head * v.stride[1] + at * v.stride[2]);
+  run.first = at;
+  run.bias_column = op.bias_columns + at;
+  run.count = count;
+  return run;
 }
 
 // The part of [first, last) that belongs to one of `parts`, in whole key blocks.
@@ -278,9 +397,10 @@ SOFTPROMPT_FAST_INLINE void finish(const PrefixAttention& op, int64_t row, int64
       total == 0.0f ? -kInfinity : highest + __builtin_logf(total);
 }
 
-// Read the block's queries, times the scale, and work out what they see.
-inline void open_block(const PrefixAttention& op, const QueryBlock& block, const Scratch& scratch) {
-  const int64_t columns = round_up(op.head_dim, W), query_row = padded(op.head_dim);
+// Read the block's queries, times the scale, to `queries`, and work out what they see.
+inline void open_block(const PrefixAttention& op, const QueryBlock& block, float* queries,
+                       int64_t query_row, QueryView* views) {
+  const int64_t columns = round_up(op.head_dim, W);
   int64_t view = block.row_begin + block.first / (op.queries * op.groups);
   int64_t place = block.first % (op.queries * op.groups);
   for (int64_t u = 0; u < block.count; ++u) {
@@ -288,9 +408,9 @@ inline void open_block(const PrefixAttention& op, const QueryBlock& block, const
     const int64_t query = place / op.groups, head = block.kv_head * op.groups + place % op.groups;
     const Tensor& q = op.query;
     read_row(q.at(row.row * q.stride[0] + head * q.stride[1] + query * q.stride[2]), q.dtype,
-             q.stride[3], op.head_dim, columns, op.scale, scratch.query + u * query_row);
+             q.stride[3], op.head_dim, columns, op.scale, queries + u * query_row);
     const int64_t position = row.query_start + query;
-    QueryView& seen = scratch.views[u];
+    QueryView& seen = views[u];
     seen.view = view;
     seen.prefix = 0;
     seen.own_first = row.own_first;
@@ -310,43 +430,21 @@ inline void prefix_attention(const PrefixAttention& op, int64_t task, float* mem
   const Scratch scratch(memory, op.block_size, op.head_dim, op.v_dim);
   const int64_t state_row = partial_width(op.v_dim);
   float* state = op.splits == 1 ? scratch.state : op.partials + task * op.block_size * state_row;
-  open_block(op, block, scratch);
+  open_block(op, block, scratch.query, padded(op.head_dim), scratch.views);
   for (int64_t u = 0; u < block.count; ++u) {
     for (int64_t i = 0; i < state_row; i += W) store(state + u * state_row + i, Vec{});
     state[u * state_row + padded(op.v_dim)] = -kInfinity;
   }
 
-  KeyRun run = {};
   const RowView& any = op.views[block.row_begin];
   if (any.prefix_size) {
     int64_t first = any.prefix_size, last = any.prefix_size;
     for (int64_t u = 0; u < block.count; ++u) first = min64(first, scratch.views[u].prefix);
     share(split, op.splits, &first, &last);
-    const Tensor &k = op.prefix_key, &v = op.prefix_value;
-    run.prefix = true;
-    run.dtype = k.dtype;
-    run.key_row = k.stride[1], run.key_col = k.stride[2];
-    run.value_row = v.stride[1], run.value_col = v.stride[2];
-    if (op.prefix_key_scale) {
-      run.key_scale = op.prefix_key_scale + block.kv_head * op.scale_stride;
-      run.value_scale = op.prefix_value_scale + block.kv_head * op.scale_stride;
-    }
-    for (int64_t at = first; at < last; at += kKeyBlock) {
-      const int64_t entry = any.prefix_first + at;
-      run.key = k.at(block.kv_head * k.stride[0] + entry * k.stride[1]);
-      run.value = v.at(block.kv_head * v.stride[0] + entry * v.stride[1]);
-      run.scale_at = entry;
-      run.first = run.bias_column = at;
-      run.count = min64(kKeyBlock, last - at);
-      attend_run(op, block, run, 0, block.count, scratch, state);
-    }
+    attend(op, block, first, last, 0, block.count, scratch, state, [&](int64_t at, int64_t count) {
+      return prefix_run(op, block.kv_head, any, at, count);
+    });
   }
-
-  const Tensor &k = op.key, &v = op.value;
-  run = KeyRun{};
-  run.dtype = k.dtype;
-  run.key_row = k.stride[2], run.key_col = k.stride[3];
-  run.value_row = v.stride[2], run.value_col = v.stride[3];
   for (int64_t begin = 0, end; begin < block.count; begin = end) {
     const int64_t view = scratch.views[begin].view;
     int64_t first = op.own, last = 0;
@@ -356,15 +454,10 @@ inline void prefix_attention(const PrefixAttention& op, int64_t task, float* mem
     }
     if (first >= last) continue;
     share(split, op.splits, &first, &last);
-    const int64_t row = op.views[view].row;
-    for (int64_t at = first; at < last; at += kKeyBlock) {
-      run.key = k.at(row * k.stride[0] + block.kv_head * k.stride[1] + at * k.stride[2]);
-      run.value = v.at(row * v.stride[0] + block.kv_head * v.stride[1] + at * v.stride[2]);
-      run.first = at;
-      run.bias_column = op.bias_columns + at;
-      run.count = min64(kKeyBlock, last - at);
-      attend_run(op, block, run, begin, end - begin, scratch, state);
-    }
+    attend(op, block, first, last, begin, end - begin, scratch, state,
+           [&](int64_t at, int64_t count) {
+             return own_run(op, block.kv_head, op.views[view].row, at, count);
+           });
   }
 
   if (op.splits > 1) return;

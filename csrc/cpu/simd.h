@@ -50,34 +50,47 @@ SOFTPROMPT_FAST_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 SOFTPROMPT_FAST_INLINE Vec bits_to_float(IntVec x) { return reinterpret_cast<Vec>(x); }
 SOFTPROMPT_FAST_INLINE IntVec float_to_bits(Vec x) { return reinterpret_cast<IntVec>(x); }
 
+template <int Distance, int... Lane>
+SOFTPROMPT_FAST_INLINE Vec swap_lanes(Vec x) {
+  return __builtin_shufflevector(x, x, (Lane ^ Distance)...);
+}
+
+// Lane i of the result is lane i ^ Distance of x.
+template <int Distance>
+SOFTPROMPT_FAST_INLINE Vec swapped(Vec x) {
+  if constexpr (W == 16) {
+    return swap_lanes<Distance, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(x);
+  } else if constexpr (W == 8) {
+    return swap_lanes<Distance, 0, 1, 2, 3, 4, 5, 6, 7>(x);
+  } else {
+    return swap_lanes<Distance, 0, 1, 2, 3>(x);
+  }
+}
+
 // log2(W) halvings; the order of the sum is the same at every call.
 SOFTPROMPT_FAST_INLINE float sum(Vec x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int step = W / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
+  if constexpr (W > 8) x += swapped<8>(x);
+  if constexpr (W > 4) x += swapped<4>(x);
+  x += swapped<2>(x);
+  x += swapped<1>(x);
+  return x[0];
 }
 
 SOFTPROMPT_FAST_INLINE float largest(Vec x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int step = W / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) {
-      lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-    }
-  }
-  return lanes[0];
+  if constexpr (W > 8) x = vmax(x, swapped<8>(x));
+  if constexpr (W > 4) x = vmax(x, swapped<4>(x));
+  x = vmax(x, swapped<2>(x));
+  x = vmax(x, swapped<1>(x));
+  return x[0];
 }
 
 // e^x to 1 ulp or so: x = n ln 2 + r with |r| <= ln(2) / 2, e^r by a polynomial (fitted to a
-// relative error of 3e-9), times 2^n through the exponent bits. Below -87.3, -inf included, exactly
-// 0; NaN stays NaN.
+// relative error of 3e-9), times 2^n. The rounding makes the bits of 2^n: its magic number carries
+// the exponent's bias. Below -87.7, -inf included, exactly 0 (n = -127 has the bits of 0);
+// above 88.4 inf; NaN stays NaN.
 SOFTPROMPT_FAST_INLINE Vec exp(Vec x) {
-  const Vec low = splat(-87.3f);
-  const Vec clamped = vmin(splat(88.7f), vmax(low, x));  // in this order a NaN passes
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec clamped = vmin(splat(89.0f), vmax(splat(-88.0f), x));  // in this order a NaN passes
+  const Vec magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = clamped * 1.44269504f + magic;
   const Vec n = shifted - magic;
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two exact pieces
@@ -87,11 +100,7 @@ SOFTPROMPT_FAST_INLINE Vec exp(Vec x) {
   p = p * r + 1.666652063e-1f;
   p = p * r + 4.999999345e-1f;
   p = p * (r * r) + r + 1.0f;
-  // 2^n as two factors: 2^128 itself is no float.
-  const IntVec whole = float_to_bits(shifted) - float_to_bits(magic);
-  const IntVec half = whole >> 1;
-  p = p * bits_to_float((half + 127) << 23) * bits_to_float((whole - half + 127) << 23);
-  return x < low ? Vec{} : p;
+  return p * bits_to_float(float_to_bits(shifted) << 23);
 }
 
 // tanh x to 2 ulp or so: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
@@ -104,7 +113,7 @@ SOFTPROMPT_FAST_INLINE Vec tanh(Vec x) {
   p = p * square + 1.333144220e-1f;
   p = p * square + -3.333328194e-1f;
   const Vec near = x + x * square * p;
-  const Vec far = 1.0f - 2.0f / (exp(vmin(splat(40.0f), magnitude * 2.0f)) + 1.0f);  // NaN passes
+  const Vec far = 1.0f - 2.0f / (exp(vmin(splat(40.0f), magnitude * 2.0f)) + 1.0f);
   const Vec signed_far = x < Vec{} ? -far : far;
   return magnitude < splat(0.625f) ? near : signed_far;
 }

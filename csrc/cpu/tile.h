@@ -20,11 +20,12 @@ constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 
 // C[R, V * W] = (keep ? C : 0) + sum_k A[R, k] B[k, V * W]. Element (r, k) of A stands at
 // a[r * a_row + k * a_col], so the same code multiplies by a transposed A. C is added at the end: a
-// long sum made of short ones is the more accurate one.
+// long sum made of short ones is the more accurate one. With `fade` [V * W], column n of C is first
+// multiplied by fade[n].
 template <int R, int V, typename Storage>
 SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                                  const typename Storage::Element* b, int64_t b_row, float* c,
-                                 int64_t c_row, bool keep) {
+                                 int64_t c_row, bool keep, const float* fade = nullptr) {
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -49,7 +50,9 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* to = c + r * c_row + v * W;
-      store(to, keep ? load(to) + sums[r][v] : sums[r][v]);
+      Vec x = sums[r][v];
+      if (keep) x += fade ? load(to) * load(fade + v * W) : load(to);
+      store(to, x);
     }
   }
 }
@@ -58,28 +61,30 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
 template <int V, typename Storage>
 void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                  const typename Storage::Element* b, int64_t b_row, float* c, int64_t c_row,
-                 bool keep) {
+                 bool keep, const float* fade = nullptr) {
   constexpr int R = tile_rows(V);
   for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row) {
-    tile<R, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+    tile<R, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
   }
   switch (rows) {
     case 7:
-      if constexpr (R > 7) tile<7, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      if constexpr (R > 7)
+        tile<7, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
       return;
     case 6:
-      if constexpr (R > 6) tile<6, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      if constexpr (R > 6)
+        tile<6, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
       return;
     case 5:
-      return tile<5, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      return tile<5, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
     case 4:
-      return tile<4, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      return tile<4, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
     case 3:
-      return tile<3, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      return tile<3, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
     case 2:
-      return tile<2, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      return tile<2, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
     case 1:
-      return tile<1, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep);
+      return tile<1, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
   }
 }
 
@@ -87,20 +92,23 @@ void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int
 // dense rows. The columns of B that one tile uses stay in the first cache while all rows pass.
 SOFTPROMPT_FAST_INLINE void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                    int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-                                   float* c, int64_t c_row, bool keep) {
+                                   float* c, int64_t c_row, bool keep,
+                                   const float* fade = nullptr) {
   int64_t at = 0;
   for (; at + kTileVectors * W <= columns; at += kTileVectors * W) {
     tile_column<kTileVectors, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row,
-                                       keep);
+                                       keep, fade ? fade + at : nullptr);
   }
   if constexpr (kTileVectors > 2) {
     if (at + 2 * W <= columns) {
-      tile_column<2, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep);
+      tile_column<2, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
+                              fade ? fade + at : nullptr);
       at += 2 * W;
     }
   }
   if (at < columns) {
-    tile_column<1, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep);
+    tile_column<1, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
+                            fade ? fade + at : nullptr);
   }
 }
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from itertools import pairwise
+import sys
+from collections.abc import Iterator
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,8 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt_fast import ops
+from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
+from tests.isas import BACKENDS, CPU, EVERY, using
+
+# ``ops.prompt_concat`` is the function; this is its module.
+ops_module = sys.modules["softprompt_fast.ops.prompt_concat"]
 
 VOCABULARY, WIDTH = 11, 6
 PACKED = {"prompt_offsets": [0, 2, 2, 5], "prompt_index": [2, -1, 0]}
@@ -32,6 +39,18 @@ CASES: dict[str, dict] = {
     "one": {"batch": 1, "tokens": 1, "prompt": 1},
     "odd": {"batch": 2, "tokens": 63, "prompt": 129, "own_start": [0, 17]},
 }
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=CPU)
+def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
 
 
 def make(
@@ -100,13 +119,13 @@ def test_layout_with_right_padding() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name: str, ids: bool, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(name: str, ids: bool, dtype: torch.dtype, backend: str) -> None:
     inputs, options = make(name, dtype, ids)
     exact = [x.detach().double() if x is not None and x.is_floating_point() else x for x in inputs]
     plain = [x.detach().clone() if x is not None and x.is_floating_point() else x for x in inputs]
     of, of_exact, of_plain = trained(inputs), trained(exact), trained(plain)
     with poisoned_memory():
-        out = run(inputs, options)
+        out = run(inputs, options, backend)
         weights = torch.randn(out.shape, dtype=torch.float64).to(dtype)
         found = torch.autograd.grad(out, of, weights)
     want, base = run(exact, options, "reference"), run(plain, options, "reference")
@@ -134,17 +153,17 @@ def test_gradcheck(name: str, ids: bool) -> None:
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
 @pytest.mark.parametrize("name", ["plain", "packed left", "no prompt", "no rows"])
-def test_opcheck(name: str, ids: bool) -> None:
+def test_opcheck(name: str, ids: bool, backend: str) -> None:
     inputs, options = make(name, ids=ids)
     trained(inputs)
     given = [options.get(k) for k in ("prompt_offsets", "prompt_index", "own_start")]
     slots = 3 if name == "packed left" else len(inputs[2])
-    args = (*inputs, *given, slots, 2.0, 0.5, torch.float32, True, "torch")
+    args = (*inputs, *given, slots, 2.0, 0.5, torch.float32, True, backend)
     torch.library.opcheck(torch.ops.softprompt_fast.prompt_concat.default, args)
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
-def test_compiles_to_one_graph_and_once(ids: bool) -> None:
+def test_compiles_to_one_graph_and_once(ids: bool, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
 
@@ -153,7 +172,7 @@ def test_compiles_to_one_graph_and_once(ids: bool) -> None:
         # Dense: of a view, dynamo also guards on the relation to its base.
         inputs = [None if x is None else x.contiguous() for x in inputs]
         of, options = trained(inputs), {"scale": 2.0, "own_start": torch.ones(batch, dtype=torch.int32)}
-        out, want = compiled(inputs, options), run(inputs, options)
+        out, want = compiled(inputs, options, backend), run(inputs, options, backend)
         assert torch.equal(out, want)
         weights = torch.randn_like(out)
         for x, y in zip(torch.autograd.grad(out, of, weights), torch.autograd.grad(want, of, weights), strict=True):
@@ -165,6 +184,7 @@ def test_compiles_to_one_graph_and_once(ids: bool) -> None:
         call(5, 4)
 
 
+@pytest.mark.parametrize("served", BACKENDS)
 @settings(max_examples=50, deadline=None)
 @given(
     batch=st.integers(0, 4),
@@ -174,7 +194,9 @@ def test_compiles_to_one_graph_and_once(ids: bool) -> None:
     ids=st.booleans(),
     data=st.data(),
 )
-def test_any_shape(batch: int, own: int, lengths: list[int], side: str, ids: bool, data: st.DataObject) -> None:
+def test_any_shape(
+    served: tuple[str, str], batch: int, own: int, lengths: list[int], side: str, ids: bool, data: st.DataObject
+) -> None:
     table = torch.randn(VOCABULARY, WIDTH) if ids else None
     tokens = torch.randint(0, VOCABULARY, (batch, own)) if ids else torch.randn(batch, own, WIDTH)
     inputs = [tokens, table, torch.randn(sum(lengths), WIDTH)]
@@ -185,10 +207,11 @@ def test_any_shape(batch: int, own: int, lengths: list[int], side: str, ids: boo
         "padding_side": side,
     }
     of = trained(inputs)
-    out, want = run(inputs, options), run(inputs, options, "reference")
-    assert torch.equal(out, want)
-    weights = torch.randn_like(out)
-    grads = [torch.autograd.grad(o, of, weights, materialize_grads=True) for o in (out, want)]
+    with using(served) as backend:
+        out, want = run(inputs, options, backend), run(inputs, options, "reference")
+        assert torch.equal(out, want)
+        weights = torch.randn_like(out)
+        grads = [torch.autograd.grad(o, of, weights, materialize_grads=True) for o in (out, want)]
     for x, y in zip(*grads, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -206,27 +229,159 @@ def test_a_prompt_a_row() -> None:
     assert torch.equal(out, torch.cat([prompts, table[tokens]], 1))
 
 
-def test_result_dtype() -> None:
+def test_result_dtype(backend: str) -> None:
     """A float32 prompt before a bfloat16 model."""
     table, prompt = torch.randn(VOCABULARY, WIDTH).bfloat16(), torch.randn(2, WIDTH).requires_grad_()
     tokens = torch.randint(0, VOCABULARY, (3, 4))
-    out = ops.prompt_concat(tokens, table, prompt)
+    out = ops.prompt_concat(tokens, table, prompt, backend=backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, torch.cat([prompt.bfloat16().expand(3, -1, -1), table[tokens]], 1))
     assert torch.autograd.grad(out.sum(), prompt)[0].dtype == torch.float32
-    assert ops.prompt_concat(tokens, table, prompt, out_dtype=torch.float64).dtype == torch.float64
 
 
-def test_many_rows_in_16_bits_sum_in_32() -> None:
+def test_float64_is_for_pytorch() -> None:
+    inputs, _ = make("plain")
+    # With "auto": the C++ kernels, where there are any, refuse.
+    assert ops.prompt_concat(*inputs, out_dtype=torch.float64).dtype == torch.float64
+
+
+def test_what_the_kernels_refuse(cpu: str) -> None:
+    inputs, _ = make("plain")
+    with pytest.raises(BackendError, match="it gives float32, bfloat16 and float16, found float64"):
+        ops.prompt_concat(*inputs, out_dtype=torch.float64, backend=cpu)
+    with pytest.raises(BackendError, match="it takes float32, bfloat16 and float16, found float64"):
+        ops.prompt_concat(inputs[0], inputs[1], inputs[2].double(), backend=cpu)
+    with pytest.raises(BackendError, match="it gives no gradient for table"):
+        ops.prompt_concat(inputs[0], inputs[1].requires_grad_(), inputs[2], backend=cpu)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 50])
+@pytest.mark.parametrize("scale", [None, 1.7])
+def test_every_mix_of_dtypes(scale: float | None, width: int, cpu: str) -> None:
+    """Bit for bit what PyTorch's conversions and products in float32 give."""
+    options = {"own_start": torch.tensor([0, 2]), "scale": scale, "prompt_scale": scale}
+    for source, trained, target in product(DTYPES, repeat=3):
+        inputs = [torch.randint(0, 7, (2, 5)), guarded((7, width), source), guarded((4, width), trained)]
+        out, want = (ops.prompt_concat(*inputs, **options, out_dtype=target, backend=b) for b in (cpu, "torch"))
+        assert torch.equal(out, want), (source, trained, target)
+
+
+def spread(x: Tensor | None, step: int) -> Tensor | None:
+    """The same numbers `step` apart in memory, between them NaN or ids that no vocabulary has."""
+    if x is None:
+        return None
+    between = float("nan") if x.is_floating_point() else 1 << 40
+    wide = torch.full((*x.shape[:-1], x.shape[-1] * step), between, dtype=x.dtype)
+    wide[..., ::step] = x
+    return wide[..., ::step]
+
+
+def swapped(x: Tensor | None, a: int, b: int) -> Tensor | None:
+    """The same numbers with two dimensions swapped in memory."""
+    return None if x is None else x.transpose(a, b).contiguous().transpose(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", ["plain", "packed left", "packed right", "left padded, right side"])
+def test_strides(name: str, ids: bool, dtype: torch.dtype, cpu: str) -> None:
+    """Columns apart, transposed and broadcast inputs and gradients give the bits of dense ones."""
+    inputs, options = make(name, dtype, ids)
+    tokens, table, prompt = (None if x is None else x.contiguous() for x in inputs)
+    variants = [
+        (spread(tokens, 2), spread(table, 3), prompt),
+        (tokens, swapped(table, 0, 1), swapped(prompt, 0, 1)),
+        (swapped(tokens, 0, 1), table, spread(prompt, 2)),
+    ]
+    dense = [tokens, table, prompt]
+    of = trained(dense)
+    want = run(dense, options, cpu)
+    weights = torch.randn(want.shape, dtype=torch.float64).to(dtype)
+    apart = spread(weights, 2), swapped(weights, 0, 2), weights
+    for variant, other in zip(variants, apart, strict=True):
+        given = [None if x is None else x.detach() for x in variant]
+        of_given = trained(given)
+        out = run(given, options, cpu)
+        assert torch.equal(out, want)
+        found = torch.autograd.grad(out, of_given, other)
+        wanted = torch.autograd.grad(want, of, weights, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    # One number for all, as sum() sends it back; and one token for all.
+    one = torch.ones((), dtype=dtype)
+    broadcast = torch.autograd.grad(want, of, one.expand_as(want), retain_graph=True)
+    wanted = torch.autograd.grad(want, of, torch.ones_like(want))
+    assert all(torch.equal(x, y) for x, y in zip(broadcast, wanted, strict=True))
+    same = tokens[:1, :1].detach().expand_as(tokens)
+    assert torch.equal(*(run([x, table, prompt], options, cpu) for x in (same, same.contiguous())))
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+def test_nothing_beside_the_views_is_read(ids: bool, cpu: str) -> None:
+    """`guarded` puts NaN around the rows; here it stands behind the last column too."""
+    width = 21
+    table = guarded((7, width + 2), torch.float32)
+    table[:, width:] = float("nan")
+    prompt = guarded((4, width + 2), torch.float32)
+    prompt[:, width:] = float("nan")
+    tokens = torch.randint(0, 7, (2, 5)) if ids else table[torch.randint(0, 7, (2, 5))]
+    inputs = [tokens if ids else tokens[..., :width], table[:, :width] if ids else None, prompt[:, :width]]
+    out = run(inputs, {"scale": 2.0, "out_dtype": torch.bfloat16}, cpu)
+    assert out.isfinite().all()
+
+
+def test_threads_change_nothing(cpu: str) -> None:
+    """Many tasks, ragged prompts that many rows share: the same bits from any number of threads, every time."""
+    generator = torch.Generator().manual_seed(3)
+    rows, width, lengths = 41, 700, [0, 37, 1, 90, 5]
+    inputs = [
+        torch.randint(0, VOCABULARY, (rows, 30), generator=generator),
+        torch.randn(VOCABULARY, width, generator=generator),
+        torch.randn(sum(lengths) + 9, width, generator=generator).requires_grad_(),
+    ]
+    options = {
+        "prompt_offsets": torch.tensor(lengths).cumsum(0) + 4,
+        "prompt_index": torch.randint(-1, 4, (rows,), generator=generator),
+        "own_start": torch.randint(0, 31, (rows,), generator=generator),
+    }
+    embeds = [torch.randn(rows, 30, width, generator=generator).requires_grad_(), None, inputs[2]]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 2):
+            torch.set_num_threads(threads)
+            for given in (inputs, embeds):
+                with poisoned_memory():
+                    out = run(given, options, cpu)
+                    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+                    grads = torch.autograd.grad(out, [x for x in given if x is not None and x.requires_grad], weights)
+                results.append((out.detach(), *grads))
+    finally:
+        torch.set_num_threads(before)
+    for i, found in enumerate(results):
+        assert all(torch.equal(x, y) for x, y in zip(found, results[i % 2], strict=True))
+    plain = run(inputs, options, "torch")
+    assert torch.equal(results[0][0], plain)
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(4))
+    exact = inputs[2].detach().double().requires_grad_()
+    of_exact = run([inputs[0], inputs[1].double(), exact], options, "torch")
+    oracle = torch.autograd.grad(of_exact, exact, weights.double())[0]
+    baseline = torch.autograd.grad(plain, inputs[2], weights)[0]
+    assert_within_noise(results[0][1], oracle, baseline, "gradient")
+
+
+def test_many_rows_in_16_bits_sum_in_32(backend: str) -> None:
     """1000 gradients of 1: bfloat16 sums would stick at 256."""
     tokens, table = torch.zeros(1000, 1, dtype=torch.int64), torch.zeros(1, 4).bfloat16()
     for options in ({}, {"own_start": torch.zeros(1000, dtype=torch.int32)}):
         prompt = torch.zeros(2, 4).bfloat16().requires_grad_()
-        ops.prompt_concat(tokens, table, prompt, backend="torch", **options).sum().backward()
+        ops.prompt_concat(tokens, table, prompt, backend=backend, **options).sum().backward()
         assert prompt.grad.eq(1000).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", EVERY, indirect=True)
 @pytest.mark.parametrize("bad", [VOCABULARY, -1, 2**40])
 def test_ids_out_of_range(bad: int, backend: str) -> None:
     inputs, _ = make("plain")
@@ -237,6 +392,50 @@ def test_ids_out_of_range(bad: int, backend: str) -> None:
     # What is padding is not read, so it may hold anything.
     out = run(inputs, {"own_start": torch.tensor([0, 3, 0])}, backend)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernel_itself_reports_the_first_wrong_id(threads: int, cpu: str) -> None:
+    """Without the op's own check: nothing outside the table is read, and of many places the first is named."""
+    tokens, width = torch.randint(0, VOCABULARY, (60, 20)), 130
+    wild = [(7, 3, -1), (7, 4, VOCABULARY), (20, 0, 2**62), (59, 19, -(2**63))]
+    for row, column, bad in wild:
+        tokens[row, column] = bad
+    table, prompt = guarded((VOCABULARY, width)), guarded((5, width))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = ops_module.BACKENDS[cpu]
+        for start in (0, 4):
+            own_start = torch.full((60,), start)
+            row, column, bad = next(place for place in wild if place[1] >= start)
+            with pytest.raises(IndexError, match=rf"id {bad} in row {row}, column {column} is outside the vocabulary"):
+                module.forward(tokens, table, prompt, None, None, own_start, 5, 1.0, 1.0, torch.float32, True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_offsets": torch.tensor([0, 6])}, "prompt_offsets: expected rising .* 0..5, found 0 and 6 in"),
+        ({"prompt_offsets": torch.tensor([-1, 2])}, "prompt_offsets: expected rising .* 0..5, found -1 and 2 in"),
+        ({"prompt_offsets": torch.tensor([0, 3, 2])}, "prompt_offsets: expected rising .* 0..5, found 3 and 2 in"),
+        ({"prompt_offsets": torch.tensor([0])}, "prompt_offsets: expected at least 2 values, found 1"),
+        ({"prompt_index": torch.tensor([0, 1, 0])}, r"prompt_index: expected values within -1..0, found 1 in row 1"),
+        ({"prompt_index": torch.tensor([0])}, "prompt_index: expected 3 values, found 1"),
+        ({"own_start": torch.tensor([0, 0, 5])}, r"own_start: expected values within 0..4, found 5 in row 2"),
+        ({"prompt_length": 4}, "prompt_length: expected at least 5 for row 0, found 4"),
+    ],
+)  # fmt: skip
+def test_the_kernel_itself_checks_what_it_would_follow(change: dict, message: str, cpu: str) -> None:
+    """While a graph is traced the op has no values to check."""
+    rows = {"prompt_offsets": None, "prompt_index": None, "own_start": None, "prompt_length": 5, **change}
+    module = ops_module.BACKENDS[cpu]
+    with pytest.raises(ValueError, match=message):
+        module.forward(IDS, TABLE, PROMPT, *rows.values(), 1.0, 1.0, torch.float32, True)
+    with pytest.raises(ValueError, match=message):
+        module.backward(torch.zeros(3, 9, WIDTH), IDS, PROMPT, *rows.values(), 1.0, 1.0, True)
 
 
 IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULARY, WIDTH), torch.zeros(5, WIDTH)
@@ -262,7 +461,7 @@ IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULAR
         ({"out_dtype": torch.int32}, "out_dtype: expected a floating dtype"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", EVERY, indirect=True)
 def test_bad_input(change: dict, message: str, backend: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.prompt_concat(**{"tokens": IDS, "table": TABLE, "prompt": PROMPT, **change}, backend=backend)

@@ -9,31 +9,65 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.cpu import _tensors
-from softprompt_fast.backends.torch import merge_states as torch_backend
 
 _C = _tensors.extension()
 
 
 def reasons(*args: Any) -> list[str]:
-    return _tensors.refusals(*args)
+    why = _tensors.refusals(*args)
+    if args[0].dim() > 4:
+        why.append(f"it takes at most 4 dimensions, found {args[0].dim()}")
+    return why
 
 
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    out, lse = _empty_like(out_a, out_b), _empty_like(lse_a, lse_b)
     _C.merge_states(
-        (out_a.data_ptr(), _tensors.CODES[out_a.dtype]),
-        lse_a.data_ptr(),
-        (out_b.data_ptr(), _tensors.CODES[out_b.dtype]),
-        lse_b.data_ptr(),
-        (out.data_ptr(), _tensors.CODES[out.dtype]),
-        lse.data_ptr(),
-        lse.numel(),
-        out.shape[-1],
+        _sizes(out_a),
+        _view(out_a, 4),
+        _view(lse_a, 3),
+        _view(out_b, 4),
+        _view(lse_b, 3),
+        _view(out, 4),
+        _view(lse, 3),
         torch.get_num_threads(),
     )
     return out, lse
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch_backend.backward(*args)
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_a, grad_lse_a, grad_b, grad_lse_b = (torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b))
+    _C.merge_states_backward(
+        _sizes(out_a),
+        _view(grad_out, 4),
+        None if grad_lse is None else _view(grad_lse, 3),
+        _view(out_a, 4),
+        _view(lse_a, 3),
+        _view(out_b, 4),
+        _view(lse_b, 3),
+        _view(grad_a, 4),
+        _view(grad_lse_a, 3),
+        _view(grad_b, 4),
+        _view(grad_lse_b, 3),
+        torch.get_num_threads(),
+    )
+    return grad_a, grad_lse_a, grad_b, grad_lse_b
+
+
+def _empty_like(a: Tensor, b: Tensor) -> Tensor:
+    """A tensor for an elementwise function of a and b, with the strides that PyTorch gives it."""
+    if a.stride() == b.stride():
+        return torch.empty_like(a)
+    metas = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (a, b))
+    return torch.empty_like(torch.add(*metas), device=a.device)
+
+
+def _sizes(out: Tensor) -> tuple[int, ...]:
+    return (*(1,) * (4 - out.dim()), *out.shape)
+
+
+def _view(x: Tensor, dimensions: int) -> tuple[int, ...]:
+    """Pointer, dtype code and strides, with further dimensions of size 1 in front."""
+    return (x.data_ptr(), _tensors.CODES[x.dtype], *(0,) * (dimensions - x.dim()), *x.stride())

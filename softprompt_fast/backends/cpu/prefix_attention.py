@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.cpu import _tensors
-from softprompt_fast.backends.torch import prefix_attention as torch_backend
 
 _C = _tensors.extension()
 
@@ -74,5 +73,67 @@ def forward(
     return out, lse
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    return torch_backend.backward(*args)
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_offsets: Tensor | None,
+    prefix_index: Tensor | None,
+    own_start: Tensor | None,
+    own_end: Tensor | None,
+    query_start: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads, own, v_dim = value.shape[1:]
+    grads = (
+        query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2),
+        *(x.new_empty(x.shape) if lse.numel() else x.new_zeros(x.shape) for x in (key, value)),
+        *(x.new_zeros(x.shape) for x in (prefix_key, prefix_value)),  # not all of a pack need be in use
+    )
+    lse, grad_lse = lse.contiguous(), _tensors.as_float(grad_lse)
+    delta = None if sinks is None else torch.empty_like(lse)
+    rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
+    bias_view, bias_columns = None, 0
+    if bias is not None:
+        bias_columns = bias.shape[3] - own
+        bias_view = _tensors.view(bias.expand(batch, q_heads, queries, -1))
+    _C.prefix_attention_backward(
+        _tensors.view(query),
+        _tensors.view(key),
+        _tensors.view(value),
+        _tensors.view(prefix_key),
+        _tensors.view(prefix_value),
+        _tensors.view(out),
+        lse.data_ptr(),
+        (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim),
+        tuple(_tensors.indexes(x) for x in rows),
+        scale,
+        causal,
+        sliding_window or 0,
+        softcap or 0.0,
+        0,  # the sinks are in lse
+        bias_view,
+        bias_columns,
+        _tensors.view(grad_out),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        tuple(_tensors.view(x) for x in grads),
+        0 if delta is None else delta.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if sinks is None or delta is None:
+        return *grads, None
+    # A sink's probability is exp(sink - lse), its value zero: only -delta is left of p (grad_out . value - delta).
+    weights = (sinks.to(torch.float32).view(1, -1, 1) - lse).exp()
+    return *grads, -(weights * delta).sum((0, 2)).to(sinks.dtype)
