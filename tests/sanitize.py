@@ -3,8 +3,8 @@
 
     python tests/sanitize.py [pytest arguments]
 
-Without arguments: the tests of the CPU backend in tests/ops and tests/test_cpu_backend.py, as ``make sanitize`` runs
-them. The extension goes to a folder of its own, beside links to the package's files; the first finding ends the run.
+Without arguments: all tests of the C++ kernels that are not slow, as ``make sanitize`` runs them. The
+extension goes to a folder of its own, beside links to the package's files; the first finding ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 # torch.compile and opcheck run other code than kernels, for most of the time.
-DEFAULT = ["-m", "not slow", "-k", "cpu and not compile and not opcheck", "tests/ops", "tests/test_cpu_backend.py"]
+DEFAULT = ["-m", "not slow", "-k", "cpu and not compile and not opcheck", "tests/ops"]
+DEFAULT += ["tests/test_cpu_backend.py", "tests/test_cpu_linear.py"]
 
 # Every pointer one element late: the last read is behind the memory. A run that survives this proves nothing.
 PLANTED = """
@@ -52,12 +53,17 @@ def overlay(folder: Path, **environment: str) -> Path:
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Run Python in the overlay."""
-    # Safe path: the working directory, which holds another copy of the package, stays off the path.
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", **environment}
+    """Start Python in the overlay; its output can be read."""
+    env = on_path(folder) | environment
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def on_path(folder: Path) -> dict[str, str]:
+    """The environment in which the overlay is the package. Safe path: otherwise the working directory, which holds
+    the package too, would come first; behind the overlay it is where tests import each other from."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "PYTHONSAFEPATH": "1"}
 
 
 def compiler() -> list[str] | None:
@@ -98,9 +104,8 @@ def main(arguments: list[str]) -> int:
     folder, environment = sanitized(ROOT / "build" / "sanitize")
     check(folder, environment)
     print("planted overflow: found", flush=True)
-    environment = {**os.environ, **environment, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or DEFAULT)]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, env=on_path(folder) | environment, check=False).returncode
 
 
 if __name__ == "__main__":
