@@ -7,10 +7,10 @@ against vLLM with ``prompt_embeds`` and prefix caching.
     python benchmarks/bench_model.py serve --batch 1 --virtual-tokens 100 --own 16 --new 32
     python benchmarks/bench_model.py train --batch 16 --virtual-tokens 100 --own 32
 
-The systems take turns (A B C, A B C, ...), one computing while the others rest, so that a machine that slows down slows
-all of them; see ``_harness.py``. All get the same soft prompt, and in every round the same new own tokens, as a server
-would: nothing but the soft prompt comes back. Before any ratio is printed, outputs are compared: a speed-up over a
-different answer is none. vLLM lives in an environment of its own, see ``bench_vllm.py``.
+The systems take turns (A B C, A B C, ...), one computing while the others rest, so that a machine that slows down
+slows all of them; see ``_harness.py``. All get the same soft prompt, and in every round the same new own tokens, as a
+server would: nothing but the soft prompt comes back. Before any ratio is printed, outputs are compared: a speed-up
+over a different answer is none. vLLM lives in an environment of its own, see ``bench_vllm.py``.
 """
 
 from __future__ import annotations
@@ -54,25 +54,28 @@ class FirstToken(LogitsProcessor):
 
 
 class Vllm:
-    """vLLM in a process of its own; a context, at whose end the process ends.
+    """vLLM in a process of its own, which :meth:`close` ends.
 
     Raises:
         RuntimeError: it did not start; the message holds the end of what it printed.
     """
 
-    def __init__(self, python: Path, prompt: Tensor, tokens: int, new: int, preload: str | None) -> None:
-        self.new = new
+    def __init__(self, args: argparse.Namespace, prompt: Tensor) -> None:
+        self.new = args.new
         self.folder = tempfile.TemporaryDirectory()
         file, log = Path(self.folder.name) / "prompt.safetensors", Path(self.folder.name) / "log"
         save_file({"prompt": prompt.detach().contiguous()}, file)
         script = Path(__file__).with_name("bench_vllm.py")
-        command = [str(python), str(script), "--model", str(demo_model_dir()), "--prompt", str(file)]
+        command = [str(args.vllm_python), str(script), "--model", str(demo_model_dir()), "--prompt", str(file)]
+        command += ["--tokens", str(args.virtual_tokens + args.own + args.new)]
+        if args.vllm_block_size:
+            command += ["--block-size", str(args.vllm_block_size)]
         self.process = subprocess.Popen(
-            [*command, "--tokens", str(tokens)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
-            env=os.environ | ({"LD_PRELOAD": preload} if preload else {}),
+            env=os.environ | ({"LD_PRELOAD": args.vllm_preload} if args.vllm_preload else {}),
             text=True,
         )
         self.log = log
@@ -82,6 +85,7 @@ class Vllm:
         assert self.process.stdin is not None
         print(json.dumps({"ids": ids.tolist(), "new": self.new}), file=self.process.stdin, flush=True)
         answer = self._read()
+        self.setting["cached"] = answer["cached"]
         return torch.tensor(answer["ids"]), answer["times"]
 
     def _read(self) -> dict[str, Any]:
@@ -151,10 +155,8 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     if "vllm" in args.systems and args.vllm_python is None:
         print("vllm: skipped, --vllm-python does not say where it is installed")
     elif "vllm" in args.systems:
-        prompt = peft_model.prompt_encoder["default"].embedding.weight
-        tokens = args.virtual_tokens + args.own + args.new
         try:
-            systems["vllm"] = vllm = Vllm(args.vllm_python, prompt, tokens, args.new, args.vllm_preload)
+            systems["vllm"] = vllm = Vllm(args, peft_model.prompt_encoder["default"].embedding.weight)
             result["vllm"] = vllm.setting
         except (OSError, RuntimeError) as error:
             print(f"vllm: skipped, it does not start: {error}")
@@ -163,14 +165,11 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         if vllm is not None:
             vllm.close()
-    same = {name: [torch.equal(a, b) for a, b in zip(torch.cat(out), torch.cat(outputs["ours"]), strict=True)]
-            for name, out in outputs.items() if name != "ours"}  # fmt: skip
+    texts = {name: torch.cat(output) for name, output in outputs.items()}  # [rounds * B, new]
+    same = {name: text == texts["ours"] for name, text in texts.items() if name != "ours"}
     result["agreement"] = {
-        name: {
-            "tokens": float((torch.cat(outputs[name]) == torch.cat(outputs["ours"])).float().mean()),
-            "rows": sum(rows) / len(rows),
-        }
-        for name, rows in same.items()
+        name: {"tokens": float(equal.float().mean()), "whole rows": float(equal.all(1).float().mean())}
+        for name, equal in same.items()
     }
     return result | {"samples": samples}
 
@@ -229,7 +228,7 @@ def take_turns(
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     table = Table(title=f"{args.workload}: batch {args.batch}, P {args.virtual_tokens}, own tokens {args.own}")
-    for column in ("system", "what", "seconds: median [p20, p80]", "ours is faster by"):
+    for column in ("system", "what", "median (p20 to p80)", "ours is faster by"):
         table.add_column(column)
     ours, result["ratios"] = result["samples"]["ours"], {}
     for name, whats in result["samples"].items():
@@ -256,6 +255,7 @@ def main() -> None:
     parser.add_argument("--systems", default="ours,expanded,peft,vllm", help="which, with commas; ours always")
     parser.add_argument("--vllm-python", type=Path, help="serve: the Python of an environment with vLLM")
     parser.add_argument("--vllm-preload", help="serve: LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
+    parser.add_argument("--vllm-block-size", type=int, help="serve: tokens a block of vLLM's cache; 32 if P < 128")
     parser.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
     args = parser.parse_args()
     args.systems = {"ours", *args.systems.split(",")}

@@ -216,7 +216,7 @@ def run_rows(args: argparse.Namespace) -> dict[str, Any]:
     """The workloads of a few shapes: each against every system, and against the machine's rates."""
     machine, rows = Machine(), []
     backward = args.workload == "backward"
-    table = Table(title=f"{args.workload}, {torch.get_num_threads()} threads: median [p20, p80]")
+    table = Table(title=f"{args.workload}, {torch.get_num_threads()} threads: median (p20 to p80)")
     for column in ("shape", "inputs", "system", "ms", "ours is faster by", "of the roofline, MKL", "oneDNN"):
         table.add_column(column)
     # A prefill works on what it has just read: where its inputs come from makes no difference.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from softprompt_fast.prefix_kv import PrefixKV
+from softprompt_fast.prefix_kv import PrefixKV, Scales
 from softprompt_fast.prompt import SoftPrompt
 
 #: Versions are unique in the process, not in a bank: a cache may be handed to another model that knows the same names.
@@ -28,6 +29,12 @@ def _count_optimizer_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def optimizer_steps() -> int:
+    """Steps that ``torch.optim`` optimizers made in this process."""
+    return _optimizer_steps
+
 
 #: A prompt as a row asks for it: its name, and the task of a multitask prompt.
 RowPrompt = tuple[str, int | None]
@@ -49,6 +56,7 @@ class Packed:
         next_logits: per prefix ``[V]``, the logits that the last virtual token gives, or None where there are none
             (prefix tuning, cartridges: they are keys and values, no token that predicts).
         virtual_logits: per prefix ``[P, V]`` when asked for (CPT's loss), else None.
+        scales: of the whole pack where it is int8 (every offset is a multiple of their block), else None.
     """
 
     prompts: tuple[RowPrompt, ...]
@@ -60,6 +68,18 @@ class Packed:
     lengths_tensor: torch.Tensor
     next_logits: tuple[torch.Tensor | None, ...]
     virtual_logits: tuple[torch.Tensor | None, ...] = ()
+    scales: Scales | None = None
+
+    def floating(self, place: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values ``[Hkv, P, D]`` of prefix `place`, layer after layer: dequantised to `dtype` where they are
+        int8, else views."""
+        first = sum(self.lengths[:place])
+        last = first + self.lengths[place]
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            key, value = key[:, first:last], value[:, first:last]
+            if self.scales is not None:
+                key, value = self.scales.dequantize(layer, key, value, dtype, first)
+            yield key, value
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,11 @@ class Compiled:
     values: tuple[torch.Tensor, ...]
     next_logits: torch.Tensor | None
     virtual_logits: torch.Tensor | None = None
+    scales: Scales | None = None
+
+    @classmethod
+    def of(cls, prefix: PrefixKV) -> Compiled:
+        return cls(prefix.keys, prefix.values, prefix.next_logits, scales=prefix.scales)
 
     @property
     def length(self) -> int:
@@ -77,15 +102,22 @@ class Compiled:
 
 
 def pack(prompts: Sequence[RowPrompt], versions: Sequence[int], compiled: Sequence[Compiled]) -> Packed:
-    """Lay prefixes end to end along their tokens; a single one is not copied."""
+    """Lay prefixes end to end along their tokens; a single one is not copied.
+
+    A pack has one dtype: beside floating prefixes, int8 ones are dequantised.
+    """
     layers = range(len(compiled[0].keys))
     lengths = tuple(c.length for c in compiled)
     device = compiled[0].keys[0].device
     if len(compiled) == 1:
-        keys, values, offsets = compiled[0].keys, compiled[0].values, None
+        keys, values, scales, offsets = compiled[0].keys, compiled[0].values, compiled[0].scales, None
     else:
+        dtype = next((c.keys[0].dtype for c in compiled if c.scales is None), None)
+        if dtype is not None:
+            compiled = [_dequantized(c, dtype) for c in compiled]
         keys = tuple(torch.cat([c.keys[i] for c in compiled], dim=1) for i in layers)
         values = tuple(torch.cat([c.values[i] for c in compiled], dim=1) for i in layers)
+        scales = _packed_scales([c.scales for c in compiled if c.scales is not None], lengths)
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return Packed(
         prompts=tuple(prompts),
@@ -97,6 +129,39 @@ def pack(prompts: Sequence[RowPrompt], versions: Sequence[int], compiled: Sequen
         lengths_tensor=torch.tensor([*lengths, 0], device=device),
         next_logits=tuple(c.next_logits for c in compiled),
         virtual_logits=tuple(c.virtual_logits for c in compiled),
+        scales=scales,
+    )
+
+
+def _dequantized(compiled: Compiled, dtype: torch.dtype) -> Compiled:
+    if compiled.scales is None:
+        return compiled
+    pairs = [
+        compiled.scales.dequantize(layer, key, value, dtype)
+        for layer, (key, value) in enumerate(zip(compiled.keys, compiled.values, strict=True))
+    ]
+    keys, values = zip(*pairs, strict=True)
+    return Compiled(keys, values, compiled.next_logits, compiled.virtual_logits)
+
+
+def _packed_scales(scales: Sequence[Scales], lengths: Sequence[int]) -> Scales | None:
+    """The scales of prefixes end to end, for the largest block that divides all of theirs and every offset: no block
+    straddles two prefixes. Example: blocks of 16 over 100 and 50 tokens become blocks of ``gcd(16, 16, 100) = 4``."""
+    if not scales:
+        return None
+    block = math.gcd(*(s.block for s in scales), *lengths[:-1])
+
+    def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        split = (
+            part.repeat_interleave(s.block // block, dim=1)[:, : -(-length // block)]
+            for part, s, length in zip(parts, scales, lengths, strict=True)
+        )
+        return torch.cat([*split], dim=1)
+
+    return Scales(
+        tuple(joined(parts) for parts in zip(*(s.keys for s in scales), strict=True)),
+        tuple(joined(parts) for parts in zip(*(s.values for s in scales), strict=True)),
+        block,
     )
 
 
@@ -245,7 +310,7 @@ class PromptBank:
         with self._lock:
             packed = self._packs.get(key)
             if packed is None:
-                compiled = [Compiled(p.keys, p.values, p.next_logits) for p in prefixes]
+                compiled = [Compiled.of(prefix) for prefix in prefixes]
                 with _ordinary_tensors():
                     packed = self._packs[key] = pack(prompts, versions, compiled)
                 while len(self._packs) > _PACKS_KEPT:

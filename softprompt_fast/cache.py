@@ -8,6 +8,7 @@ tokens. transformers' ``DynamicCache`` concatenates (and so copies) the whole hi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,26 +63,47 @@ class GrowingLayer(DynamicLayer):
         """Append ``[B, Hkv, S, D]`` and return all keys and values so far, as views of the buffer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             past_keys, past_values = self.keys, self.values
             keys = key_states if past_keys is None else torch.cat([past_keys, key_states], dim=2)
             values = value_states if past_values is None else torch.cat([past_values, value_states], dim=2)
             self.keys, self.values = keys, values
             return keys, values
-        keys = self._keys = self._with_room(self._keys, key_states, end)
-        values = self._values = self._with_room(self._values, value_states, end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self._length = end
-        return keys[:, :, :end], values[:, :, :end]
+        new_keys, new_values, keys, values = self.extend(key_states, key_states.shape, value_states.shape[3])
+        new_keys.copy_(key_states)
+        new_values.copy_(value_states)
+        return keys, values
 
-    def _with_room(self, buffer: torch.Tensor | None, new: torch.Tensor, needed: int) -> torch.Tensor:
-        """`buffer` itself if it holds `needed` entries a row, else a doubled one with the used part copied."""
-        if buffer is not None and buffer.shape[2] >= needed and buffer.shape[0] == new.shape[0]:
+    def extend(
+        self, like: torch.Tensor, shape: Sequence[int], value_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Room for new entries that the caller writes in place; without autograd only.
+
+        Args:
+            like: a tensor of the dtype and device.
+            shape: ``(B, Hkv, S, D)`` of the new keys. value_dim: last dimension of the new values.
+
+        Returns:
+            New keys and values ``[B, Hkv, S, .]``, unwritten, and all of them ``[B, Hkv, T, .]``: views of the buffer.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        batch, heads, length, key_dim = shape
+        start, end = self._length, self._length + length
+        keys = self._keys = self._with_room(self._keys, like, (batch, heads, end, key_dim))
+        values = self._values = self._with_room(self._values, like, (batch, heads, end, value_dim))
+        self._length = end
+        return keys[:, :, start:end], values[:, :, start:end], keys[:, :, :end], values[:, :, :end]
+
+    def _with_room(self, buffer: torch.Tensor | None, like: torch.Tensor, needed: Sequence[int]) -> torch.Tensor:
+        """`buffer` itself if it holds `needed` (``(B, Hkv, T, D)``), else a doubled one with the used part copied."""
+        batch, heads, length, width = needed
+        if buffer is not None:
+            _check_buffer(buffer, like, heads, width)
+        if buffer is not None and buffer.shape[2] >= length and buffer.shape[0] == batch:
             return buffer
-        capacity = max(needed, self._reserve, 2 * self._length)
-        grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+        capacity = max(length, self._reserve, 2 * self._length)
+        grown = like.new_empty(batch, heads, capacity, width)
         if buffer is not None and self._length:
             grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
@@ -143,6 +165,31 @@ def drop_first_token(cache: Cache) -> None:
         else:
             keys, values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
             layer.keys, layer.values = keys, values
+
+
+def extend(
+    layer: Any, like: torch.Tensor, shape: Sequence[int], value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:meth:`GrowingLayer.extend` for it or a StaticLayer, of which all entries are the whole buffer."""
+    if isinstance(layer, GrowingLayer):
+        return layer.extend(like, shape, value_dim)
+    batch, heads, length, key_dim = shape
+    if not layer.is_initialized:
+        layer.lazy_initialization(like.new_empty(batch, heads, 0, key_dim), like.new_empty(batch, heads, 0, value_dim))
+    start = int(layer.cumulative_length)
+    layer.cumulative_length.add_(length)
+    new = slice(start, start + length)
+    _check_buffer(layer.keys, like, heads, key_dim)
+    _check_buffer(layer.values, like, heads, value_dim)
+    return layer.keys[:, :, new], layer.values[:, :, new], layer.keys, layer.values
+
+
+def _check_buffer(buffer: torch.Tensor, like: torch.Tensor, heads: int, width: int) -> None:
+    if (buffer.shape[1], buffer.shape[3]) != (heads, width) or buffer.dtype != like.dtype:
+        expected, found = f"{heads} heads of {width}", f"{buffer.shape[1]} heads of {buffer.shape[3]}"
+        raise ValueError(
+            f"past_key_values: this model caches {expected} in {like.dtype}, found {found} in {buffer.dtype}"
+        )
 
 
 def rows_held(cache: Cache) -> int | None:

@@ -381,12 +381,12 @@ class EncoderSoftPromptModel(PromptedModel):
         if not layout.full:
             bound = (layout.first if self._at_end else layout.length).to(torch.int32)
             prefix.own_start, prefix.own_end = (bound, None) if self._at_end else (None, bound)
-        prefix.windows = {}
+        prefix.options = {}
         # The own tokens' mask goes along: a layer that misses the prefix then runs without it, and is found out here.
         output = base(**call, **{hooks.KEYWORD: prefix})
-        if set(prefix.windows) != set(range(len(keys))):
+        if set(prefix.options) != set(range(len(keys))):
             self._expand_because("its layers don't hand keyword arguments down to the attention function")
-        elif not self._causal and any(prefix.windows.values()):
+        elif not self._causal and any(asked["sliding_window"] for asked in prefix.options.values()):
             self._expand_because("its sliding window looks both ways")
         else:
             return output

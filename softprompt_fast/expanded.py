@@ -76,7 +76,7 @@ def forward(
     if whole:
         place, rows = next(iter(groups.items()))
         if cache is None or cache.get_seq_length() == 0:
-            cache = expanded_cache(packed, place, batch, cache)
+            cache = expanded_cache(packed, place, batch, base.dtype, cache)
         past = cache.get_seq_length()
         mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
         return base(
@@ -96,7 +96,7 @@ def forward(
         source = (start[rows][:, None] + column).clamp(max=length - 1)
         real = column < widths[:, None]
         tokens = given[rows[:, None].to(given.device), source.to(given.device)]
-        prefix = expanded_cache(packed, place, len(rows))
+        prefix = expanded_cache(packed, place, len(rows), base.dtype)
         past = prefix.get_seq_length()
         mask = torch.cat([torch.ones(len(rows), past, dtype=torch.long), real.long()], dim=1).to(given.device)
         out = base(
@@ -186,7 +186,8 @@ def generate(
             if packed is not None and virtual:
                 more = own + min(config.max_new_tokens, _MOST_RESERVED)
                 room = OwnTokenCache(len(packed.keys), reserve=virtual + more)
-                given["past_key_values"] = expanded_cache(packed, place, len(members) * copies, room)
+                rows_held = len(members) * copies
+                given["past_key_values"] = expanded_cache(packed, place, rows_held, base.dtype, room)
         result = base.generate(**given, generation_config=config, **leftover)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if not isinstance(result, Tensor):
@@ -210,15 +211,15 @@ def generate(
     return torch.cat([input_ids.repeat_interleave(returned, dim=0), out], dim=1)
 
 
-def expanded_cache(packed: Packed | None, place: int, rows: int, cache: Cache | None = None) -> Cache:
+def expanded_cache(
+    packed: Packed | None, place: int, rows: int, dtype: torch.dtype, cache: Cache | None = None
+) -> Cache:
     """A transformers cache (`cache`, which is empty, or a new one) that holds prefix `place` for each of `rows` rows
-    (nothing for -1)."""
+    (nothing for -1), in `dtype` if the prefix is int8."""
     cache = DynamicCache() if cache is None else cache
     if packed is not None and place >= 0:
-        first = sum(packed.lengths[:place])
-        span = slice(first, first + packed.lengths[place])
-        for layer, (key, value) in enumerate(zip(packed.keys, packed.values, strict=True)):
-            cache.update(key[:, span].expand(rows, -1, -1, -1), value[:, span].expand(rows, -1, -1, -1), layer)
+        for layer, (key, value) in enumerate(packed.floating(place, dtype)):
+            cache.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
     return cache
 
 

@@ -12,8 +12,8 @@ from softprompt_fast.backends._registry import available_backends, requested
 
 @dataclass(frozen=True)
 class LayerPath:
-    """One layer: ``path`` is "shared prefix" or "expanded prefix"; ``backend`` serves its op; ``reason`` says why
-    a slower path was taken (empty where the best one was)."""
+    """One layer: ``path`` is "shared prefix" (with ", fused decoder" where the whole layer runs in C++) or "expanded
+    prefix"; ``backend`` serves its op; ``reason`` says why a slower path was taken (empty where the best one was)."""
 
     layer: int
     path: str
@@ -23,16 +23,18 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Paths of all layers of one model, printable and as plain data."""
+    """Paths of all layers of one model, printable and as plain data. ``note``: what holds for all of them."""
 
     model: str
     layers: tuple[LayerPath, ...]
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "layers": [asdict(layer) for layer in self.layers]}
+        return {"model": self.model, "layers": [asdict(layer) for layer in self.layers], "note": self.note}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.layers)} layers"]
+        note = f"; {self.note}" if self.note else ""
+        lines = [f"{self.model}: {len(self.layers)} layers{note}"]
         start = 0
         for i, layer in enumerate(self.layers):
             following = self.layers[i + 1] if i + 1 < len(self.layers) else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt_fast import expanded
 from softprompt_fast.backends import heuristics
@@ -26,6 +27,7 @@ from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
+from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
 from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
@@ -91,6 +93,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 type(base).__name__,
                 self._why_expanded,
             )
+        self._fused = LazyDecoder(base)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -138,7 +141,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             self.add_prompt(name, prompt, replace=replace)
 
     def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
-        """Put a prompt under `name`, on the base model's device. The first one becomes the active prompt.
+        """Put a prompt under `name`, on the base model's device and in its dtype; an int8 prefix
+        (:meth:`PrefixKV.quantize`) stays int8. The first one becomes the active prompt.
 
         Raises:
             ValueError: `name` is taken, or the prompt doesn't fit the base model (expected and found are named).
@@ -187,6 +191,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         """Forget every computed prefix. Needed after the base's weights were changed, or a prompt's behind autograd's
         back (``.data``)."""
         self.__dict__.pop("_fingerprint", None)
+        self._fused.forget()
         self._bank.invalidate()
 
     # ---- compiling -----------------------------------------------------------------------------------------------
@@ -230,6 +235,12 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         keep = 0 if all_logits else 1
         if self._why_expanded is not None:
             return expanded.run_prompt(self.base, embeds, keep)
+        context = hooks.PrefixContext(None, None, backend=self.backend)
+        if (fused := self._fused.serving(embeds, context, None)) is not None:
+            cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            logits = fused(embeds, positions, context, cache, keep)
+            return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], logits
         capture = hooks.CaptureContext()
         out = self.base(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, **{hooks.KEYWORD: capture})
         layers = range(self._num_layers)
@@ -327,7 +338,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         for name in dict.fromkeys(name for name, _ in distinct):
             prompt = self._bank[name]
             if isinstance(prompt, PrefixKV):
-                compiled[name, None] = Compiled(prompt.keys, prompt.values, prompt.next_logits)
+                compiled[name, None] = Compiled.of(prompt)
                 continue
             wanted = [row for row in distinct if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
@@ -523,24 +534,30 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             own_end=own_end,
             query_start=query_start,
             backend=self.backend,
+            scales=None if packed is None else packed.scales,
         )
+        positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
+        positions = positions.to(device)
+        fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
+        if fused is not None:
+            hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
+            logits = fused(hidden, positions, context, cache, logits_to_keep)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
             # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
             # once per row (32 rows, SmolLM2-135M: 104 ms of an 860 ms prefill); as an index they are one dense block.
             logits_to_keep = torch.arange(length - logits_to_keep, length, device=device)
-        positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
-        out = self.base(
+        return self.base(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=hooks.no_mask(batch, device),
-            position_ids=positions.to(device),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=logits_to_keep,
             **{hooks.KEYWORD: context},
             **kwargs,
         )
-        return out
 
     def _positions(
         self,
@@ -811,7 +828,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self._limit is not None and max(packed.lengths) + last > self._limit.positions:
             return False  # the other path says at which position the model ends
         rows = batch * max(config.num_beams or 1, config.num_return_sequences or 1)
-        return plain and not config.return_dict_in_generate and heuristics.copy_prefix(rows, max(packed.lengths))
+        if not plain or config.return_dict_in_generate:
+            return False
+        return heuristics.copy_prefix(
+            rows, max(packed.lengths), isinstance(self._fused.get(self.backend), FusedDecoder)
+        )
 
     def _generate_from_prompt(self, batch: int, **kwargs: Any) -> Any:
         """With no own token, one padding position stands in for them; its logits are the prefix's prediction."""
@@ -881,13 +902,18 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def explain(self) -> Explanation:
         """The path of every layer; see :func:`softprompt_fast.explain`."""
+        path, note = "shared prefix", ""
         if self._why_expanded is not None:
-            path = LayerPath(0, "expanded prefix", "transformers", self._why_expanded)
+            path, backend, reason = "expanded prefix", "transformers", self._why_expanded
         else:
             backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
-            path = LayerPath(0, "shared prefix", backend, reason)
-        layers = tuple(LayerPath(i, path.path, path.backend, path.reason) for i in range(self._num_layers))
-        return Explanation(type(self.base).__name__, layers)
+            fused = self._fused.get(self.backend) if backend == "cpu" else None
+            if isinstance(fused, FusedDecoder):
+                path, note = "shared prefix, fused decoder", str(fused)
+            elif fused is not None:
+                reason = "; ".join(filter(None, (reason, f"decoder not fused: {fused}")))
+        layers = tuple(LayerPath(i, path, backend, reason) for i in range(self._num_layers))
+        return Explanation(type(self.base).__name__, layers, note)
 
     # ---- nn.Module and transformers plumbing ---------------------------------------------------------------------
 
@@ -900,9 +926,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_state_dict(*args, **kwargs)
+        self._fused.forget()
+        return loaded
+
     def _apply(self, fn: Any, recurse: bool = True) -> SoftPromptModel:
         super()._apply(fn, recurse)
         self.__dict__.pop("_fingerprint", None)
+        self._fused.forget()
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
 

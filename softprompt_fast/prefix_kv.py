@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory
+from softprompt_fast.backends import int8
 from softprompt_fast.errors import IncompatibleBaseError, PrefixError, PrefixFingerprintError
 from softprompt_fast.prompt import BaseShape, check_finite
 
-FORMAT_VERSION = 1
+#: The newest that is read. Version 2 has int8 keys and values; floating ones are still written as version 1, for older
+#: readers.
+FORMAT_VERSION = 2
 TENSORS_NAME = "prefix_kv.safetensors"
 METADATA_NAME = "prefix_kv.json"
 _HEADER_KEY = "prefix_kv"
@@ -36,6 +40,39 @@ _IGNORED_FIELDS = frozenset({
 })
 # fmt: on
 _SAMPLES_PER_WEIGHT = 1024
+_PROBE_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What int8 keys and values are multiples of.
+
+    Attributes:
+        keys, values: per layer float32 ``[Hkv, ceil(L / block)]``: entry l of head h stands for
+            ``int8[h, l] * scale[h, l // block]``.
+        block: tokens that share a scale.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block: int
+
+    def dequantize(
+        self, layer: int, key: Tensor, value: Tensor, dtype: torch.dtype, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's int8 ``key`` and ``value``, entries from `first` (a multiple of the block) on, in `dtype`."""
+        blocks = slice(first // self.block, (first + key.shape[1] + self.block - 1) // self.block)
+        return (
+            int8.dequantize(key, self.keys[layer][:, blocks], self.block, dtype),
+            int8.dequantize(value, self.values[layer][:, blocks], self.block, dtype),
+        )
+
+    def to(self, device: torch.device | str | None) -> Scales:
+        return Scales(
+            tuple(scale.to(device=device) for scale in self.keys),
+            tuple(scale.to(device=device) for scale in self.values),
+            self.block,
+        )
 
 
 class PrefixKV:
@@ -48,6 +85,7 @@ class PrefixKV:
         fingerprint: `model_fingerprint` of the base model that these belong to.
         metadata: anything JSON can hold, saved along. With `base_config_fields` of the base under ``"base_config"``, a
             fingerprint error can name the fields that differ.
+        scales: of int8 keys and values (see :meth:`quantize`); None: they are floating.
 
     Tensors are detached and kept as given, without a copy. Instances compare by identity.
 
@@ -64,6 +102,7 @@ class PrefixKV:
         method: str,
         fingerprint: str,
         metadata: Mapping[str, Any] | None = None,
+        scales: Scales | None = None,
     ) -> None:
         if not keys or len(keys) != len(values):
             raise ValueError(f"keys, values: expected one tensor each a layer, found {len(keys)} and {len(values)}")
@@ -73,6 +112,8 @@ class PrefixKV:
                     f"keys, values of layer {layer}: expected [Hkv, P, D] with P = {keys[0].shape[-2]}, found "
                     f"{list(key.shape)} and {list(value.shape)}"
                 )
+        _check_scales(keys, values, scales)
+        self.scales = scales
         self.keys: tuple[Tensor, ...] = tuple(key.detach() for key in keys)
         self.values: tuple[Tensor, ...] = tuple(value.detach() for value in values)
         self.next_logits = None if next_logits is None else next_logits.detach()
@@ -94,6 +135,7 @@ class PrefixKV:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of keys and values: floating, or int8."""
         return self.keys[0].dtype
 
     @property
@@ -102,7 +144,7 @@ class PrefixKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, and of `next_logits`; independent of any batch."""
+        """Bytes of all keys and values, their scales and `next_logits`; independent of any batch."""
         return sum(tensor.nbytes for _, tensor in self._tensors())
 
     @cached_property
@@ -112,7 +154,10 @@ class PrefixKV:
         return _digest(self._description(), dict(self._tensors()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PrefixKV:
-        """A copy on `device` in `dtype`; the same object if nothing changes. `next_logits` keep their dtype."""
+        """A copy on `device` in `dtype`; the same object if nothing changes. `next_logits` keep their dtype, and int8
+        keys and values theirs: as a module's ``to``, this casts what is floating (:meth:`dequantize` does more)."""
+        if self.scales is not None:
+            dtype = None
         if (device is None or torch.device(device) == self.device) and (dtype is None or dtype == self.dtype):
             return self
         return PrefixKV(
@@ -122,7 +167,73 @@ class PrefixKV:
             method=self.method,
             fingerprint=self.fingerprint,
             metadata=self.metadata,
+            scales=None if self.scales is None else self.scales.to(device),
         )
+
+    # ------------------------------------------------------------------ int8
+
+    def quantize(self, block: int = 16) -> PrefixKV:
+        """The same prefix in int8, with a scale per head and `block` tokens: a quarter of float32's memory, half of
+        bfloat16's. Symmetric: a block's largest magnitude becomes 127. :attr:`quantization` says what it costs.
+
+        Raises:
+            ValueError: it is int8 already, `block` is not positive, or values are NaN or infinite.
+        """
+        if self.scales is not None:
+            raise ValueError("quantize: the prefix is int8 already; dequantize() it first to choose another block")
+        if not isinstance(block, int) or block < 1:
+            raise ValueError(f"block: expected a number of tokens > 0, found {block!r}")
+        self.check_finite()
+        keys, key_scales = zip(*(int8.quantize(key, block) for key in self.keys), strict=True)
+        values, value_scales = zip(*(int8.quantize(value, block) for value in self.values), strict=True)
+        scales = Scales(key_scales, value_scales, block)
+        errors: dict[str, list[float]] = {"key_error": [], "value_error": [], "output_error": []}
+        for layer, exact in enumerate(zip(self.keys, self.values, strict=True)):
+            exact_key, exact_value = (x.to(torch.float32) for x in exact)
+            key, value = scales.dequantize(layer, keys[layer], values[layer], torch.float32)
+            errors["key_error"].append(_relative_rms(key, exact_key))
+            errors["value_error"].append(_relative_rms(value, exact_value))
+            query = _probe_queries(exact_key)
+            outs = _attend(query, key, value), _attend(query, exact_key, exact_value)
+            errors["output_error"].append(_relative_rms(*outs))
+        facts = {"block": block, "from": str(self.dtype).removeprefix("torch."), **errors}
+        return PrefixKV(
+            keys,
+            values,
+            next_logits=self.next_logits,
+            method=self.method,
+            fingerprint=self.fingerprint,
+            metadata={**self.metadata, "quantization": facts},
+            scales=scales,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> PrefixKV:
+        """The floating prefix, in `dtype`, that an int8 one stands for; a floating one merely becomes `dtype`."""
+        if self.scales is None:
+            return self.to(dtype=dtype)
+        pairs = [
+            self.scales.dequantize(layer, key, value, dtype)
+            for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True))
+        ]
+        return PrefixKV(
+            [key for key, _ in pairs],
+            [value for _, value in pairs],
+            next_logits=self.next_logits,
+            method=self.method,
+            fingerprint=self.fingerprint,
+            metadata=self.metadata,
+        )
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What :meth:`quantize` did to these values, kept through saving and :meth:`dequantize`; None: nothing.
+
+        ``block`` (tokens a scale) and ``from`` (the dtype before); and per layer, as root mean square of the
+        difference over root mean square of the original: ``key_error``, ``value_error``, and ``output_error``, of
+        the attention of 64 normal random queries a head, as large as the keys, to the prefix alone. The last is a
+        probe and no bound: real queries may weigh other keys, and own tokens dilute the prefix's share.
+        """
+        return self.metadata.get("quantization")
 
     def check_finite(self) -> None:
         """Look at every value.
@@ -225,6 +336,7 @@ class PrefixKV:
                 method=header["method"],
                 fingerprint=header["fingerprint"],
                 metadata=header["metadata"],
+                scales=_scales_on_disk(header, tensors),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PrefixError(f"{path}: altered or damaged, header and tensors disagree ({error})") from error
@@ -270,13 +382,18 @@ class PrefixKV:
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             yield f"layers.{layer}.key", key
             yield f"layers.{layer}.value", value
+        if self.scales is not None:
+            for layer, (key_scale, value_scale) in enumerate(zip(self.scales.keys, self.scales.values, strict=True)):
+                yield f"layers.{layer}.key_scale", key_scale
+                yield f"layers.{layer}.value_scale", value_scale
         if self.next_logits is not None:
             yield "next_logits", self.next_logits
 
     def _description(self) -> dict[str, Any]:
         """The metadata on disk. Sizes repeat what the tensors' own headers say, for whoever reads the JSON."""
+        int8_fields = {} if self.scales is None else {"scale_block": self.scales.block}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if self.scales is None else 2,
             "method": self.method,
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_layers": self.num_layers,
@@ -286,7 +403,60 @@ class PrefixKV:
             "dtype": str(self.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
             "metadata": self.metadata,
+            **int8_fields,
         }
+
+
+def _check_scales(keys: Sequence[Tensor], values: Sequence[Tensor], scales: Scales | None) -> None:
+    quantized = {x.dtype == torch.int8 for x in (*keys, *values)}
+    if quantized != {scales is not None}:
+        found = sorted({str(x.dtype).removeprefix("torch.") for x in (*keys, *values)})
+        raise ValueError(
+            f"keys, values: expected int8 throughout with scales, floating without, found {', '.join(found)} "
+            f"{'without' if scales is None else 'with'} scales"
+        )
+    if scales is None:
+        return
+    if not isinstance(scales.block, int) or scales.block < 1:
+        raise ValueError(f"scales: expected a block of > 0 tokens, found {scales.block!r}")
+    if len(scales.keys) != len(keys) or len(scales.values) != len(keys):
+        raise ValueError(
+            f"scales: expected {len(keys)} layers, found {len(scales.keys)} of keys and {len(scales.values)} of values"
+        )
+    for layer, pair in enumerate(zip(scales.keys, scales.values, strict=True)):
+        shape = (keys[layer].shape[0], -(-keys[layer].shape[1] // scales.block))
+        for scale in pair:
+            if scale.shape != shape or scale.dtype != torch.float32:
+                dtype = str(scale.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"scales of layer {layer}: expected float32 {list(shape)}, found {dtype} {list(scale.shape)}"
+                )
+
+
+def _scales_on_disk(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scales | None:
+    if header["format_version"] < 2:
+        return None
+    layers = range(header["num_layers"])
+    return Scales(
+        tuple(tensors[f"layers.{layer}.key_scale"] for layer in layers),
+        tuple(tensors[f"layers.{layer}.value_scale"] for layer in layers),
+        header["scale_block"],
+    )
+
+
+def _relative_rms(found: Tensor, exact: Tensor) -> float:
+    size = float(exact.norm())
+    return float((found - exact).norm()) / size if size else 0.0
+
+
+def _probe_queries(key: Tensor) -> Tensor:
+    heads, _, dim = key.shape
+    normal = torch.randn(heads, _PROBE_QUERIES, dim, generator=torch.Generator().manual_seed(0))
+    return normal.to(key.device) * key.square().mean().sqrt()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.softmax(query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5, dim=-1) @ value
 
 
 def model_fingerprint(model: Any) -> str:

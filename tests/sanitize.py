@@ -104,7 +104,8 @@ def main(arguments: list[str]) -> int:
     folder, environment = sanitized(ROOT / "build" / "sanitize")
     check(folder, environment)
     print("planted overflow: found", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or DEFAULT)]
+    # What is printed below Python is not captured: the report of a finding, after which the process is gone.
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *(arguments or DEFAULT)]
     return subprocess.run(command, cwd=ROOT, env=on_path(folder) | environment, check=False).returncode
 
 

@@ -133,6 +133,20 @@ def test_compile(base: Path, adapters: dict[str, Path], model: SoftPromptModel, 
     assert said["bytes"] == expected.nbytes and said["sha256"] == saved.digest and said["dtype"] == "float32"
 
 
+def test_compile_to_int8(base: Path, adapters: dict[str, Path], model: SoftPromptModel, tmp_path: Path):
+    result = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "prefix", "--int8", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    saved = PrefixKV.from_pretrained(tmp_path / "prefix", base_model=model.base)
+    expected = model.compile_prompt("a").quantize()
+    assert all(torch.equal(x, y) for x, y in zip(saved.keys, expected.keys, strict=True))
+    assert said["dtype"] == "int8" and said["bytes"] == saved.nbytes and said["quantization"] == saved.quantization
+    shown = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "again", "--int8").stderr
+    assert "int8 error (relative, worst layer): keys 0." in " ".join(shown.split())
+    args = ("--base", base, "--prompt", f"a={tmp_path / 'prefix'}", "--max-new-tokens", 3, "--json")
+    assert json.loads(call("generate", "the film", *args).stdout)["results"][0]["prompt"] == "a"
+
+
 def test_compile_prints_for_people_on_standard_error(base: Path, adapters: dict[str, Path], tmp_path: Path):
     result = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "prefix")
     assert result.exit_code == 0, result.output

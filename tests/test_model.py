@@ -410,6 +410,7 @@ def test_prefix_bytes_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch
     base = make_base()
     length = 80
     model = make_model(prompts={"long": make_prompt(base, length=length)})
+    model.compile_prompt("long")
     contexts: list[hooks.PrefixContext] = []
 
     class Recorded(hooks.PrefixContext):
@@ -518,7 +519,7 @@ def test_a_saved_prompt_loads_in_peft_with_equal_outputs(tmp_path: Path, method:
 
 
 def test_explain() -> None:
-    model = make_model()
+    model = make_model(backend="torch")
     found = spf.explain(model).to_dict()
     assert found["model"] == "LlamaForCausalLM"
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from softprompt_fast import prefix_kv
 from softprompt_fast.errors import IncompatibleBaseError, PrefixError, PrefixFingerprintError
-from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
+from softprompt_fast.prefix_kv import PrefixKV, Scales, base_config_fields, model_fingerprint
 
 
 def make(
@@ -227,6 +227,116 @@ def test_non_finite_values_are_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+# ---------------------------------------------------------------------------- int8
+
+
+def test_quantized_size_values_and_facts() -> None:
+    prefix = make(tokens=37, shapes=((2, 8), (3, 16)))
+    small = prefix.quantize(16)
+    assert small.dtype == torch.int8 and small.num_virtual_tokens == 37 and small.scales.block == 16
+    entries = 37 * (2 * 8 + 3 * 16) * 2
+    assert small.nbytes == entries + (2 + 3) * 3 * 2 * 4 + 11 * 4  # three blocks of scales, next_logits
+    floats = small.dequantize()
+    assert floats.scales is None and floats.dtype == torch.float32 and small.dequantize(torch.bfloat16).nbytes > 0
+    facts = small.quantization
+    assert facts["block"] == 16 and facts["from"] == "float32" and floats.quantization == facts
+    for layer in range(2):
+        for which, error in (("keys", "key_error"), ("values", "value_error")):
+            exact, found = getattr(prefix, which)[layer], getattr(floats, which)[layer]
+            assert facts[error][layer] == pytest.approx(((found - exact).norm() / exact.norm()).item(), rel=1e-4)
+            scale = getattr(small.scales, which)[layer].repeat_interleave(16, 1)[:, :37, None]
+            assert ((found - exact).abs() <= scale * 0.5001).all()
+        assert 0 < facts["output_error"][layer] < 0.05
+    assert prefix.quantization is None and prefix.scales is None
+    assert prefix.quantize(1).quantization["key_error"][0] < facts["key_error"][0]
+    assert small.metadata["name"] == "seed 0" and small.digest != prefix.digest != floats.digest
+    assert prefix.to(dtype=torch.bfloat16).quantize().quantization["from"] == "bfloat16"
+
+
+def test_a_quantized_prefix_keeps_its_dtype_when_moved() -> None:
+    small = make().quantize(2)
+    assert small.to(dtype=torch.bfloat16) is small and small.to(device="cpu") is small
+    moved = small.to(device="meta", dtype=torch.bfloat16)
+    assert moved.dtype == torch.int8 and moved.device.type == "meta"
+    assert {scale.device.type for scale in moved.scales.keys + moved.scales.values} == {"meta"}
+    assert {scale.dtype for scale in moved.scales.keys} == {torch.float32}
+
+
+@given(tokens=st.integers(1, 9), block=st.integers(1, 12), verify=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_quantized_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: int, block: int, verify: bool) -> None:
+    directory = tmp_path_factory.mktemp("prefix")
+    prefix = make(tokens=tokens, shapes=((2, 8), (1, 3))).quantize(block)
+    prefix.save_pretrained(directory)
+    found = PrefixKV.from_pretrained(directory, verify=verify)
+    assert_equal(found, prefix)
+    assert found.scales.block == block and found.quantization == prefix.quantization
+    for x, y in zip(found.dequantize().keys, prefix.dequantize().keys, strict=True):
+        assert torch.equal(x, y)
+    described = json.loads((directory / prefix_kv.METADATA_NAME).read_text())
+    assert (described["format_version"], described["dtype"], described["scale_block"]) == (2, "int8", block)
+
+
+def test_damaged_quantized_files(tmp_path: Path) -> None:
+    path = tmp_path / prefix_kv.TENSORS_NAME
+    for changes, message in (
+        ({"scale_block": 3}, r"header and tensors disagree \(scales of layer 0: expected float32 \[2, 2\]"),
+        ({"scale_block": 0}, "header and tensors disagree .*found 0"),
+        ({"scale_block": None}, "header and tensors disagree .*found None"),
+        ({"format_version": 1}, "header and tensors disagree .*found int8 without scales"),
+    ):
+        make().quantize(1).save_pretrained(tmp_path)
+        rewrite_header(tmp_path, **changes)
+        with pytest.raises(PrefixError, match="does not have the digest"):
+            PrefixKV.from_pretrained(tmp_path)
+        with pytest.raises(PrefixError, match=message):
+            PrefixKV.from_pretrained(tmp_path, verify=False)
+    make().quantize(1).save_pretrained(tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    del tensors["layers.1.value_scale"]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(PrefixError, match=r"header and tensors disagree .*layers\.1\.value_scale"):
+        PrefixKV.from_pretrained(tmp_path, verify=False)
+
+
+def test_what_can_not_be_quantized() -> None:
+    with pytest.raises(ValueError, match="the prefix is int8 already"):
+        make().quantize().quantize()
+    for block in (0, -1, 2.0, None):
+        with pytest.raises(ValueError, match=rf"block: expected a number of tokens > 0, found {block}"):
+            make().quantize(block)
+    infinite = make()
+    infinite.keys[0][0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match="1 of 64 values are NaN or infinite"):
+        infinite.quantize()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": None}, "expected int8 throughout with scales, floating without, found int8 without scales"),
+        ({"keys": [torch.zeros(2, 4, 8)]}, "found float32, int8 with scales"),
+        ({"block": 0}, "scales: expected a block of > 0 tokens, found 0"),
+        ({"block": 4}, r"scales of layer 0: expected float32 \[2, 1\], found float32 \[2, 2\]"),
+        ({"value_scales": ()}, "scales: expected 1 layers, found 1 of keys and 0 of values"),
+        ({"value_scales": (torch.zeros(2, 2).half(),)}, r"expected float32 \[2, 2\], found float16 \[2, 2\]"),
+    ],
+)
+def test_scales_that_do_not_fit(change: dict, message: str) -> None:
+    entries, scale = torch.zeros(2, 4, 8, dtype=torch.int8), torch.zeros(2, 2)
+    scales = Scales((scale,), change.get("value_scales", (scale,)), change.get("block", 2))
+    with pytest.raises(ValueError, match=message):
+        PrefixKV(
+            change.get("keys", [entries]),
+            [entries],
+            method="CPT",
+            fingerprint="a-b",
+            scales=change.get("scales", scales),
+        )
+
+
 # ---------------------------------------------------------------------------- damaged, altered, foreign
 
 
@@ -276,7 +386,7 @@ def test_altered_headers(tmp_path: Path) -> None:
     for changes, message in (
         ({"fingerprint": "c-d"}, "altered or damaged, its content does not have the digest"),
         ({"metadata": {}}, "altered or damaged, its content does not have the digest"),
-        ({"format_version": 2}, r"format_version 2 is newer than this softprompt_fast reads \(up to 1\)"),
+        ({"format_version": 3}, r"format_version 3 is newer than this softprompt_fast reads \(up to 2\)"),
         ({"format_version": "x"}, "its metadata is no description of a prefix"),
     ):
         make().save_pretrained(tmp_path)

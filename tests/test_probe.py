@@ -37,8 +37,8 @@ def test_an_attention_function_that_ignores_the_prefix_is_noticed(monkeypatch: p
     attend = hooks._shared_prefix
 
     def forgetful(module, query, key, value, context, original, **kwargs):
-        if context.windows is not None:
-            context.windows[module.layer_idx] = None
+        if context.options is not None:
+            context.options[module.layer_idx] = {"sliding_window": None}
         nothing = hooks.PrefixContext(keys=None, values=None)
         return attend(module, query, key, value, nothing, original, **kwargs)
 

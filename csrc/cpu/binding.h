@@ -82,17 +82,6 @@ inline Index as_index(const char* name, pybind11::handle given) {
   return index;
 }
 
-inline void check_values(const char* name, const Index& index, int64_t size, int64_t low,
-                         int64_t high) {
-  if (!index) return;
-  SOFTPROMPT_FAST_CHECK(index.size == size, name, ": expected ", size, " values, found ",
-                        index.size);
-  for (int64_t i = 0; i < size; ++i) {
-    SOFTPROMPT_FAST_CHECK(index[i] >= low && index[i] <= high, name, ": expected values within ",
-                          low, "..", high, ", found ", index[i], " in place ", i);
-  }
-}
-
 inline void check_threads(int threads) {
   constexpr int kMost = 4096;  // a plan multiplies with it
   SOFTPROMPT_FAST_CHECK(threads >= 1 && threads <= kMost, "threads: expected 1..", kMost,

@@ -43,6 +43,7 @@ inline void merge_states(const MergeStates& op, int64_t first, int64_t last) {
   with_storage(op.out.dtype, [&](auto storage) {
     typedef decltype(storage) Storage;
     typedef typename Storage::Element Element;
+    const int64_t v_dim = op.v_dim;
     for_rows(op, first, last, [&](auto offset) {
       const Shares share = shares(*(const float*)op.lse_a.at(offset(op.lse_a)),
                                   *(const float*)op.lse_b.at(offset(op.lse_b)));
@@ -51,10 +52,10 @@ inline void merge_states(const MergeStates& op, int64_t first, int64_t last) {
       const auto* from_b = (const Element*)op.out_b.at(offset(op.out_b));
       auto* to = (Element*)op.out.at(offset(op.out));
       const int64_t col_a = op.out_a.stride[3], col_b = op.out_b.stride[3], col = op.out.stride[3];
-      for (int64_t c = 0; c < op.v_dim; c += W) {
-        const Vec x = load_strided<Storage>(from_a + c * col_a, col_a, op.v_dim - c);
-        const Vec y = load_strided<Storage>(from_b + c * col_b, col_b, op.v_dim - c);
-        store_strided<Storage>(to + c * col, col, op.v_dim - c, x * share.a + y * share.b);
+      for (int64_t c = 0; c < v_dim; c += W) {
+        const Vec x = load_strided<Storage>(from_a + c * col_a, col_a, v_dim - c);
+        const Vec y = load_strided<Storage>(from_b + c * col_b, col_b, v_dim - c);
+        store_strided<Storage>(to + c * col, col, v_dim - c, x * share.a + y * share.b);
       }
     });
   });
@@ -67,6 +68,7 @@ inline void merge_states_backward(const MergeStatesGrad& op, int64_t first, int6
   with_storage(op.out_a.dtype, [&](auto storage) {
     typedef decltype(storage) Storage;
     typedef typename Storage::Element Element;
+    const int64_t v_dim = op.v_dim;
     for_rows(op, first, last, [&](auto offset) {
       const Shares share = shares(*(const float*)op.lse_a.at(offset(op.lse_a)),
                                   *(const float*)op.lse_b.at(offset(op.lse_b)));
@@ -79,8 +81,8 @@ inline void merge_states_backward(const MergeStatesGrad& op, int64_t first, int6
                     col_b = op.out_b.stride[3], to_col_a = op.grad_a.stride[3],
                     to_col_b = op.grad_b.stride[3];
       Vec dot = {};
-      for (int64_t c = 0; c < op.v_dim; c += W) {
-        const int64_t rest = op.v_dim - c;
+      for (int64_t c = 0; c < v_dim; c += W) {
+        const int64_t rest = v_dim - c;
         const Vec grad = load_strided<Storage>(from + c * col, col, rest);
         const Vec a = load_strided<Storage>(from_a + c * col_a, col_a, rest);
         const Vec b = load_strided<Storage>(from_b + c * col_b, col_b, rest);

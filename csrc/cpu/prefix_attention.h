@@ -50,8 +50,7 @@ struct PrefixAttention {
 
 constexpr int64_t kKeyBlock = 64;  // keys scored at a time
 constexpr int64_t kMaxLanes = 16;
-// Positions and windows end here: beyond, a query sees the same, and sums of them would overflow.
-constexpr int64_t kFar = int64_t{1} << 60;
+constexpr int64_t kFar = int64_t{1} << 60;  // positions and windows further out see the same
 
 constexpr int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
@@ -86,6 +85,10 @@ struct Index {
 struct PrefixAttentionRows {
   Index prefix_offsets, prefix_index, own_start, own_end, query_start;
 };
+
+// Throws std::invalid_argument, with expected and found, unless every index has its length and its
+// values stay inside the pack, the own keys and the bias. query_start may hold anything.
+void check_rows(const PrefixAttention& op, const PrefixAttentionRows& rows);
 
 // Fills in the plan and computes out and lse. All arguments have been checked.
 void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads);

@@ -43,7 +43,9 @@ struct PrefixAttentionBackward {
   float* partials;
 };
 
-constexpr int64_t kGradientBlock = 128;  // queries taken at a time at most
+// Queries taken at a time at most: they and grad_out, both also transposed, dQ and a run of keys
+// fit the L2 cache.
+constexpr int64_t kGradientBlock = 96;
 
 // Rows of scratch lie an odd number of cache lines apart: 2^n would map a column of them to few
 // sets.
@@ -84,7 +86,7 @@ struct PrefixAttentionBackwardPlan {
 // How the queries of each key/value head are split into chunks. `per_row`: stacked queries of a
 // row. Chunks cost a partial each, so there are no more than an even load of all threads takes.
 // Example: 8 rows of 512 queries, 8 heads, 2 threads: one chunk a head. 3 heads: two chunks of 4
-// rows. One row, one head: two chunks of 2 blocks.
+// rows each. One row, one head: two chunks of 3 blocks.
 PrefixAttentionBackwardPlan plan_prefix_attention_backward(int64_t batch, int64_t per_row,
                                                            int64_t kv_heads, int threads);
 

@@ -98,10 +98,10 @@ inline void open_gradient_block(const PrefixAttentionBackward& op, const QueryBl
     if (++place == forward.queries * forward.groups) place = 0;
   }
   for (int64_t u = block.count; u < block.count + W; ++u) scratch.lse[u] = scratch.delta[u] = 0.0f;
-  transpose_rows(scratch.query, query_row, block.count, columns, scratch.query_transposed,
-                 scratch.lanes);
-  transpose_rows(scratch.grad_out, grad_row, block.count, v_columns, scratch.grad_out_transposed,
-                 scratch.lanes);
+  rows_to_lanes(scratch.query, query_row, block.count, columns, scratch.query_transposed,
+                scratch.lanes);
+  rows_to_lanes(scratch.grad_out, grad_row, block.count, v_columns, scratch.grad_out_transposed,
+                scratch.lanes);
 }
 
 // Bias of `rows` queries from `at` on with a run of keys, a query a lane.

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-
 #include "binding.h"
 #include "dispatch.h"
 #include "prefix_attention_backward.h"
@@ -14,7 +12,8 @@ namespace py = pybind11;
 PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
                           py::handle prefix_value, py::handle out, int64_t lse,
                           const py::tuple& sizes, double scale, bool causal, int64_t window,
-                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns) {
+                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns,
+                          bool quantized) {
   PrefixAttention op = {};
   int64_t* const size[] = {&op.batch, &op.q_heads, &op.kv_heads, &op.queries,
                            &op.own,   &op.packed,  &op.head_dim, &op.v_dim};
@@ -37,54 +36,32 @@ PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py
                         "lse: expected memory, found a null pointer");
   op.scale = static_cast<float>(scale);
   op.causal = causal;
+  op.window = window > kFar ? kFar : window;
   SOFTPROMPT_FAST_CHECK(window >= 0, "window: expected 0 (none) or more, found ", window);
-  op.window = std::min(window, kFar);
   op.softcap = static_cast<float>(softcap);
   op.sinks = reinterpret_cast<const float*>(sinks);
   op.bias = as_tensor("bias", bias, 4, !bias.is_none() && (own || packed));
   op.bias_columns = bias_columns;
   op.scale_block = 1;
+  const DType dtype = op.query.dtype;
   check_floating("query", op.query);
   check_floating("bias", op.bias);
-  check_dtype("key", op.key, op.query.dtype);
-  check_dtype("value", op.value, op.query.dtype);
-  check_dtype("out", op.out, op.query.dtype);
+  check_dtype("key", op.key, dtype);
+  check_dtype("value", op.value, dtype);
+  check_dtype("out", op.out, dtype);
+  check_dtype("prefix_key", op.prefix_key, quantized ? DType::kInt8 : dtype);
+  check_dtype("prefix_value", op.prefix_value, quantized ? DType::kInt8 : dtype);
   return op;
 }
 
-void check_prefix(const PrefixAttention& op, DType expected) {
-  check_dtype("prefix_key", op.prefix_key, expected);
-  check_dtype("prefix_value", op.prefix_value, expected);
-}
-
-// Every index has its length, and its values stay inside the pack, the own keys and the bias.
 PrefixAttentionRows read_rows(const PrefixAttention& op, const py::tuple& rows) {
   SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
-  const Index offsets = as_index("prefix_offsets", rows[0]);
-  int64_t prefixes = 1, longest = op.packed;
-  if (offsets) {
-    SOFTPROMPT_FAST_CHECK(offsets.size >= 2, "prefix_offsets: expected 2 values or more, found ",
-                          offsets.size);
-    check_values("prefix_offsets", offsets, offsets.size, 0, op.packed);
-    prefixes = offsets.size - 1;
-    longest = 0;
-    for (int64_t n = 0; n < prefixes; ++n) {
-      const int64_t size = offsets[n + 1] - offsets[n];
-      SOFTPROMPT_FAST_CHECK(size >= 0, "prefix_offsets: expected rising values, found ",
-                            offsets[n + 1], " behind ", offsets[n]);
-      longest = std::max(longest, size);
-    }
-  }
-  SOFTPROMPT_FAST_CHECK(!op.bias || op.bias_columns >= longest, "bias: expected at least ", longest,
-                        " columns before the own keys', found ", op.bias_columns);
-  const PrefixAttentionRows read = {offsets, as_index("prefix_index", rows[1]),
-                                    as_index("own_start", rows[2]), as_index("own_end", rows[3]),
-                                    as_index("query_start", rows[4])};
-  check_values("prefix_index", read.prefix_index, op.batch, -1, prefixes - 1);
-  check_values("own_start", read.own_start, op.batch, 0, op.own);
-  check_values("own_end", read.own_end, op.batch, 0, op.own);
-  check_values("query_start", read.query_start, op.batch, INT64_MIN, INT64_MAX);
-  return read;
+  const PrefixAttentionRows indexes = {as_index("prefix_offsets", rows[0]),
+                                       as_index("prefix_index", rows[1]),
+                                       as_index("own_start", rows[2]), as_index("own_end", rows[3]),
+                                       as_index("query_start", rows[4])};
+  check_rows(op, indexes);
+  return indexes;
 }
 
 void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
@@ -92,8 +69,9 @@ void prefix_attention(py::handle query, py::handle key, py::handle value, py::ha
                       py::tuple rows, double scale, bool causal, int64_t window, double softcap,
                       int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
                       int threads) {
-  PrefixAttention op = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes,
-                                 scale, causal, window, softcap, sinks, bias, bias_columns);
+  PrefixAttention op =
+      read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale, causal, window,
+                softcap, sinks, bias, bias_columns, !scales.is_none());
   if (!scales.is_none()) {
     PyObject* given = as_tuple("scales", scales, 4, "two pointers, a stride and a block");
     const auto number = [&](int i) { return as_number("scales", PyTuple_GET_ITEM(given, i)); };
@@ -107,9 +85,8 @@ void prefix_attention(py::handle query, py::handle key, py::handle value, py::ha
                           "scales: expected a stride >= 0 and a block > 0, found ", op.scale_stride,
                           " and ", op.scale_block);
   }
-  check_prefix(op, scales.is_none() ? op.query.dtype : DType::kInt8);
-  const PrefixAttentionRows indexes = read_rows(op, rows);
   check_threads(threads);
+  const PrefixAttentionRows indexes = read_rows(op, rows);
   py::gil_scoped_release release;
   run_prefix_attention(op, indexes, threads);
 }
@@ -122,12 +99,12 @@ void prefix_attention_backward(py::handle query, py::handle key, py::handle valu
                                int64_t grad_lse, py::tuple grads, int64_t delta, int threads) {
   PrefixAttentionBackward op = {};
   op.forward = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale,
-                         causal, window, softcap, sinks, bias, bias_columns);
+                         causal, window, softcap, sinks, bias, bias_columns, false);
   const PrefixAttention& f = op.forward;
-  check_prefix(f, f.query.dtype);
   const bool queries = f.batch > 0 && f.q_heads > 0 && f.queries > 0;
   const bool own = queries && f.own > 0, packed = queries && f.packed > 0, v = f.v_dim > 0;
   op.grad_out = as_tensor("grad_out", grad_out, 4, queries && v);
+  check_threads(threads);
   op.grad_lse = reinterpret_cast<const float*>(grad_lse);
   SOFTPROMPT_FAST_CHECK(grads.size() == 5, "grads: expected 5 tensors, found ", grads.size());
   op.grad_query = as_tensor("grad_query", grads[0], 4, queries);
@@ -135,15 +112,14 @@ void prefix_attention_backward(py::handle query, py::handle key, py::handle valu
   op.grad_value = as_tensor("grad_value", grads[2], 4, own && v);
   op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3, packed);
   op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3, packed && v);
-  op.delta = reinterpret_cast<float*>(delta);
   check_dtype("grad_out", op.grad_out, f.query.dtype);
   check_dtype("grad_query", op.grad_query, f.query.dtype);
   check_dtype("grad_key", op.grad_key, f.query.dtype);
   check_dtype("grad_value", op.grad_value, f.query.dtype);
   check_dtype("grad_prefix_key", op.grad_prefix_key, f.query.dtype);
   check_dtype("grad_prefix_value", op.grad_prefix_value, f.query.dtype);
-  const PrefixAttentionRows indexes = read_rows(f, rows);
-  check_threads(threads);
+  op.delta = reinterpret_cast<float*>(delta);
+  const PrefixAttentionRows indexes = read_rows(op.forward, rows);
   py::gil_scoped_release release;
   run_prefix_attention_backward(op, indexes, threads);
 }

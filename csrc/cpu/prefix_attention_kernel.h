@@ -79,25 +79,6 @@ SOFTPROMPT_FAST_INLINE const float* as_rows(const void* from, DType dtype, int64
   return scratch;
 }
 
-// rows [count, columns] -> to [columns, to_row], columns and count rounded up to W.
-SOFTPROMPT_FAST_INLINE void transpose_rows(const float* from, int64_t from_row, int64_t count,
-                                           int64_t columns, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; i += W) {
-    if (i + W <= count) {
-      for (int64_t c = 0; c < columns; c += W) {
-        transpose(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
-      }
-      continue;
-    }
-    // The last rows, fewer than W: nothing behind them may be read.
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t j = 0; j < W; ++j) {
-        to[c * to_row + i + j] = i + j < count ? from[(i + j) * from_row + c] : 0.0f;
-      }
-    }
-  }
-}
-
 // lane i = sum of rows[i]
 SOFTPROMPT_FAST_INLINE Vec sum_rows(Vec (&rows)[W]) {
   if constexpr (W == 16) {
@@ -230,7 +211,7 @@ inline void attend_run(const PrefixAttention& op, const QueryBlock& block, const
   if (rows < kTransposeRows) {
     dot_rows(query, query_row, rows, key, key_row, run.count, columns, scores);
   } else {
-    transpose_rows(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
+    rows_to_lanes(key, key_row, run.count, columns, scratch.transposed, kKeyBlock);
     matmul(rows, round_up(run.count, W), op.head_dim, query, query_row, 1, scratch.transposed,
            kKeyBlock, scores, kKeyBlock, false);
   }

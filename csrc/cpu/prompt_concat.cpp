@@ -15,6 +15,7 @@
 namespace softprompt_fast {
 namespace {
 
+constexpr int64_t kMinColumns = 256;  // of a line that several tasks share
 constexpr int64_t kTask = 1 << 15;    // elements of one task
 constexpr int64_t kSerial = 1 << 16;  // elements below which a second thread is not worth waking
 
@@ -125,7 +126,10 @@ void run_prompt_concat_backward(PromptConcatGrad& op, const Index& prompt_offset
   }
   op.order = order.data();
 
-  const int64_t blocks = ceil_div(op.width, kPromptGradColumns);
+  // Whole lines where they fit, for the sake of long reads; pieces of them where entries are few.
+  const int64_t few = ceil_div(4 * threads, std::max<int64_t>(1, op.packed));
+  const int64_t blocks = std::max(ceil_div(op.width, kPromptGradColumns),
+                                  std::min(ceil_div(op.width, kMinColumns), few));
   const int64_t columns = (ceil_div(op.width, blocks) + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   int64_t work = 0;
   tasks.clear();

@@ -26,7 +26,7 @@ struct PromptConcat {
   const PromptRow* rows;  // B of them
 };
 
-constexpr int64_t kPromptGradColumns = 512;  // a task's sums at most: 2 KB of the first cache
+constexpr int64_t kPromptGradColumns = 2048;  // a task's sums at most: 8 KB of the first cache
 
 // A piece of the prompt's gradient that one task sums.
 struct PromptGradTask {

@@ -87,41 +87,57 @@ inline int64_t prompt_concat(const PromptConcat& op, int64_t first, int64_t last
   return wrong;
 }
 
+// Lines that are added up in registers before they go to the sums in memory: fewer loads and stores
+// of those, and a rounding error that grows with the groups and not with the lines.
+constexpr int64_t kGroup = 8;
+
+// sums[columns] = (keep ? sums : 0) + the sum of `count` lines; columns rounded up to W.
+template <typename Storage>
+SOFTPROMPT_FAST_INLINE void add_lines(const typename Storage::Element* const* lines, int64_t count,
+                                      int64_t column, int64_t columns, bool keep, float* sums) {
+  const auto add = [&](int64_t c, auto load_from) {
+    Vec total = {};
+    for (int64_t r = 0; r < count; ++r) total += load_from(lines[r] + c * column);
+    store(sums + c, keep ? load(sums + c) + total : total);
+  };
+  int64_t c = 0;
+  if (column == 1) {
+    for (; c + W <= columns; c += W) add(c, [](const auto* p) { return Storage::load(p); });
+  }
+  for (; c < columns; c += W) {
+    add(c, [&](const auto* p) { return load_strided<Storage>(p, column, columns - c); });
+  }
+}
+
 // Entries x columns of the prompt's gradient, summed over the rows that use them.
 inline void prompt_concat_grad_prompt(const PromptConcatGrad& op, const PromptGradTask& task) {
   const int64_t* stride = op.grad_out.stride;
   const auto place = [&](int64_t use, int64_t entry) {
     const int64_t b = op.order[use];
-    return b * stride[0] + (op.rows[b].lead + entry - op.rows[b].first) * stride[1];
+    const int64_t slot = op.rows[b].lead + entry - op.rows[b].first;
+    return b * stride[0] + slot * stride[1] + task.column_first * stride[2];
   };
+  const int64_t columns = task.column_last - task.column_first;
+  const float scale = op.prompt_scale;
   with_storage(op.grad_out.dtype, [&](auto source) {
     typedef decltype(source) Source;
     const auto* from = (const typename Source::Element*)op.grad_out.data;
     for (int64_t entry = task.entry_first; entry < task.entry_last; ++entry) {
-      // In registers over kGroup rows, then in memory: fewer loads and stores of the sums, and a
-      // rounding error that grows with the groups and not with the rows.
-      constexpr int64_t kGroup = 8;
-      float sums[kPromptGradColumns] = {};
-      for (int64_t use = task.row_begin; use < task.row_end; use += kGroup) {
+      float sums[kPromptGradColumns];
+      int64_t use = task.row_begin;
+      do {  // once at least: no rows sum to 0
         const int64_t count = min64(kGroup, task.row_end - use);
         const typename Source::Element* lines[kGroup];
         for (int64_t r = 0; r < count; ++r) lines[r] = from + place(use + r, entry);
-        for (int64_t c = task.column_first; c < task.column_last; c += W) {
-          Vec total = {};
-          for (int64_t r = 0; r < count; ++r) {
-            total +=
-                load_strided<Source>(lines[r] + c * stride[2], stride[2], task.column_last - c);
-          }
-          float* sum = sums + c - task.column_first;
-          store(sum, load(sum) + total);
-        }
-      }
+        add_lines<Source>(lines, count, stride[2], columns, use > task.row_begin, sums);
+        use += kGroup;
+      } while (use < task.row_end);
       with_storage(op.grad_prompt.dtype, [&](auto target) {
         typedef decltype(target) Target;
         auto* to = (typename Target::Element*)op.grad_prompt.at(entry * op.width);
-        for (int64_t c = task.column_first; c < task.column_last; c += W) {
-          store_strided<Target>(to + c, 1, task.column_last - c,
-                                load(sums + c - task.column_first) * op.prompt_scale);
+        to += task.column_first;
+        for (int64_t c = 0; c < columns; c += W) {
+          store_strided<Target>(to + c, 1, columns - c, load(sums + c) * scale);
         }
       });
     }

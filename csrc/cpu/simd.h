@@ -113,7 +113,7 @@ SOFTPROMPT_FAST_INLINE Vec tanh(Vec x) {
   p = p * square + 1.333144220e-1f;
   p = p * square + -3.333328194e-1f;
   const Vec near = x + x * square * p;
-  const Vec far = 1.0f - 2.0f / (exp(vmin(splat(40.0f), magnitude * 2.0f)) + 1.0f);
+  const Vec far = 1.0f - 2.0f / (exp(vmin(splat(40.0f), magnitude * 2.0f)) + 1.0f);  // NaN passes
   const Vec signed_far = x < Vec{} ? -far : far;
   return magnitude < splat(0.625f) ? near : signed_far;
 }

@@ -30,16 +30,26 @@ def join_keys(batch: int, keys: int, width: int) -> bool:
     return batch * keys * width <= 1 << 18
 
 
-def copy_prefix(rows: int, virtual_tokens: int) -> bool:
+def copy_prefix(rows: int, virtual_tokens: int, fused: bool) -> bool:
     """Whether ``generate`` copies the prefix into the row's own cache instead of attending to the shared one.
 
     Only for a single row: memory must not grow with the batch. On a CPU a decode step of one layer (3 kv heads of 64)
     then took 14 us instead of 48 at 100 virtual tokens, 229 instead of 397 at 2048, 533 instead of 727 at 4096; beyond
-    that the copy itself, made for every request, is the larger part.
+    that the copy itself, made for every request, is the larger part. The fused decoder, which serves only the shared
+    prefix, saves more than that.
 
-    Example: 1 row, 100 virtual tokens: copied. 2 rows, or 8192 virtual tokens: shared.
+    Example: 1 row, 100 virtual tokens, not fused: copied. 2 rows, or 8192 virtual tokens, or fused: shared.
     """
-    return rows == 1 and virtual_tokens <= 4096
+    return not fused and rows == 1 and virtual_tokens <= 4096
+
+
+def pack_weights(weight_bytes: int, available_bytes: int) -> bool:
+    """Whether the fused decoder keeps a second copy of the weights, laid out for the C++ product.
+
+    Example: 538 MB of weights and 8 GB available: packed, for they take at most a quarter. 3 GB of weights: not,
+    and the base keeps its own pass.
+    """
+    return 4 * weight_bytes <= available_bytes
 
 
 def score_rows(heads: int, rows: int, keys: int) -> int:

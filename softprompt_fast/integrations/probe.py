@@ -90,7 +90,7 @@ def _run_shared(base: PreTrainedModel, backend: str | None) -> str | None:
         keys=tuple(capture.keys[i][0] for i in layers),
         values=tuple(capture.values[i][0] for i in layers),
         backend=backend,
-        windows={},
+        options={},
     )
     logits = base(
         inputs_embeds=_embeddings(base)[:, _PREFIX:],
@@ -99,10 +99,10 @@ def _run_shared(base: PreTrainedModel, backend: str | None) -> str | None:
         use_cache=False,
         **{hooks.KEYWORD: context},
     ).logits
-    windows = context.windows or {}
-    if sorted(windows) != layers:
+    asked = context.options or {}
+    if sorted(asked) != layers:
         return "a layer runs without its prefix"
-    if ignored := [i for i in _sliding_layers(base, layers) if windows[i] is None]:
+    if ignored := [i for i in _sliding_layers(base, layers) if asked[i]["sliding_window"] is None]:
         return f"the sliding window of layers {ignored} is applied by a mask, which a prefix would bypass"
     return _differ(base, logits)
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
 from softprompt_fast.ops import prefix_attention
+from softprompt_fast.prefix_kv import Scales
 
 KEYWORD = "soft_prompt"
 _NAME = "softprompt_fast_"
@@ -42,7 +43,9 @@ class PrefixContext:
         query_start: int32 ``[B]``, own position of a row's first query (None: T - S, see ``prefix_attention``).
         causal: False in encoders.
         backend: backend to force, None for "auto".
-        windows: the sliding window of each layer that asked for its prefix, filled only while a model is probed.
+        options: what each layer that asked for its prefix wants of attention besides (``scaling``, ``sliding_window``,
+            ``softcap``, ``s_aux``), filled only while a model is probed.
+        scales: of int8 keys and values; None: they are floating.
     """
 
     keys: tuple[torch.Tensor, ...] | None
@@ -54,7 +57,8 @@ class PrefixContext:
     query_start: torch.Tensor | None = None
     causal: bool = True
     backend: str | None = None
-    windows: dict[int, int | None] | None = None
+    options: dict[int, dict[str, Any]] | None = None
+    scales: Scales | None = None
 
 
 @dataclass
@@ -114,14 +118,20 @@ def _shared_prefix(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if context.windows is not None:
-        context.windows[module.layer_idx] = sliding_window
+    if context.options is not None:
+        asked = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        context.options[module.layer_idx] = asked
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
     if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
         # The op has no dropout and returns no weights: expand the prefix and let the original do it.
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
         options = {name: option for name, option in options.items() if option is not None}
         return _expanded_attention(module, query, key, value, context, original, sliding_window, options)
+    scales: dict[str, Any] = {}
+    if context.scales is not None:
+        scales["prefix_key_scale"] = context.scales.keys[module.layer_idx]
+        scales["prefix_value_scale"] = context.scales.values[module.layer_idx]
+        scales["prefix_scale_block"] = context.scales.block
     out = prefix_attention(
         query,
         key,
@@ -139,6 +149,7 @@ def _shared_prefix(
         softcap=softcap,
         sinks=s_aux,
         backend=context.backend,
+        **scales,
     )
     return out.transpose(1, 2), None
 
@@ -164,6 +175,8 @@ def _expanded_attention(
     """The same attention with every row holding its own copy of all packed prefixes, and a dense mask."""
     batch, _, length, _ = query.shape
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    if context.scales is not None:
+        prefix_key, prefix_value = context.scales.dequantize(module.layer_idx, prefix_key, prefix_value, key.dtype)
     visible = dense_visibility(context, batch, length, key.shape[2], prefix_key.shape[1], sliding_window, query.device)
     keys = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
     values = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends._registry import Backends
+from softprompt_fast.backends.int8 import dequantize
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range, describe
 from softprompt_fast.ops._library import autograd, call, define
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
@@ -41,6 +42,9 @@ def prefix_attention(  # type: ignore[misc]
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -66,7 +70,7 @@ def prefix_attention(  # type: ignore[misc]
         query: ``[B, Hq, S, D]`` floating. Any strides, here and below.
         key, value: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, dtype and device of query. Hidden ones must be finite.
         prefix_key, prefix_value: ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``, same dtype and device: N prefixes packed end to
-            end.
+            end. int8 with the three arguments below; they then get no gradient.
         prefix_offsets: int32 or int64 ``[N + 1]``, rising from >= 0 to <= L: prefix n is entries ``[offsets[n],
             offsets[n + 1])``. None: one prefix of L entries.
         prefix_index: int ``[B]``, each row's prefix, -1 for none. None: prefix 0 for all rows.
@@ -82,6 +86,9 @@ def prefix_attention(  # type: ignore[misc]
         bias: floating ``[B or 1, Hq or 1, S or 1, W + T]``, added after the softcap (ALiBi, T5). The last T columns
             belong to the own keys, column p before them to entry p of the row's own prefix; W is L for one prefix,
             else at least the longest.
+        prefix_key_scale, prefix_value_scale: float32 ``[Hkv, ceil(L / prefix_scale_block)]``, of an int8 prefix: entry
+            l of head h stands for ``int8[h, l] * scale[h, l // prefix_scale_block]``. All three or none.
+        prefix_scale_block: > 0, entries of the pack that share a scale.
         return_lse: return ``(out, lse)``.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 
@@ -99,7 +106,10 @@ def prefix_attention(  # type: ignore[misc]
             and own_end are checked on the CPU only: elsewhere reading them would wait for the device.
         BackendError: the backend asked for cannot serve this call.
     """
-    _check(query, key, value, prefix_key, prefix_value)
+    quantized = _is_quantized(prefix_key_scale, prefix_value_scale, prefix_scale_block)
+    _check(query, key, value, prefix_key, prefix_value, quantized)
+    if quantized:
+        _check_scales(prefix_key, prefix_key_scale, prefix_value_scale, prefix_scale_block)
     batch, device = query.shape[0], query.device
     check_index("prefix_offsets", prefix_offsets, None, device)
     check_index("prefix_index", prefix_index, batch, device)
@@ -133,6 +143,9 @@ def prefix_attention(  # type: ignore[misc]
         softcap,
         sinks,
         bias,
+        prefix_key_scale,
+        prefix_value_scale,
+        prefix_scale_block,
     )
     name = BACKENDS.select(backend, args)
     if name == "reference":
@@ -144,7 +157,9 @@ def prefix_attention(  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, quantized: bool
+) -> None:
     if query.dim() != 4 or not query.is_floating_point() or query.shape[-1] == 0:
         raise ValueError(f"query: expected floating [B, Hq, S, D] with D > 0, found {describe(query)}")
     if value.dim() != 4:
@@ -154,15 +169,34 @@ def _check(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix
     if kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"query: expected a multiple of value's {kv_heads} heads, found {q_heads} heads")
     prefix_len = prefix_key.shape[1] if prefix_key.dim() == 3 else -1
-    for name, x, shape in (
-        ("key", key, (batch, kv_heads, own, head_dim)),
-        ("value", value, (batch, kv_heads, own, v_dim)),
-        ("prefix_key", prefix_key, (kv_heads, prefix_len, head_dim)),
-        ("prefix_value", prefix_value, (kv_heads, prefix_len, v_dim)),
+    prefix_dtype = torch.int8 if quantized else query.dtype
+    for name, x, shape, dtype in (
+        ("key", key, (batch, kv_heads, own, head_dim), query.dtype),
+        ("value", value, (batch, kv_heads, own, v_dim), query.dtype),
+        ("prefix_key", prefix_key, (kv_heads, prefix_len, head_dim), prefix_dtype),
+        ("prefix_value", prefix_value, (kv_heads, prefix_len, v_dim), prefix_dtype),
     ):
-        if x.shape != shape or x.dtype != query.dtype or x.device != query.device:
-            expected = f"{str(query.dtype).removeprefix('torch.')} {list(shape)} on {query.device}".replace("-1", "L")
+        if x.shape != shape or x.dtype != dtype or x.device != query.device:
+            expected = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {query.device}".replace("-1", "L")
             raise ValueError(f"{name}: expected {expected}, found {describe(x)}")
+
+
+def _is_quantized(key_scale: Tensor | None, value_scale: Tensor | None, block: int | None) -> bool:
+    given = {"prefix_key_scale": key_scale, "prefix_value_scale": value_scale, "prefix_scale_block": block}
+    missing = [name for name, argument in given.items() if argument is None]
+    if len(missing) in (1, 2):
+        raise ValueError(f"{', '.join(given)}: expected all or none, found no {' and no '.join(missing)}")
+    return not missing
+
+
+def _check_scales(prefix_key: Tensor, key_scale: Any, value_scale: Any, block: Any) -> None:
+    if not isinstance(block, (int, torch.SymInt)) or block <= 0:
+        raise ValueError(f"prefix_scale_block: expected an integer > 0, found {block!r}")
+    heads, packed, _ = prefix_key.shape
+    shape = (heads, (packed + block - 1) // block)
+    for name, scale in (("prefix_key_scale", key_scale), ("prefix_value_scale", value_scale)):
+        if scale.shape != shape or scale.dtype != torch.float32 or scale.device != prefix_key.device:
+            raise ValueError(f"{name}: expected float32 {list(shape)} on {prefix_key.device}, found {describe(scale)}")
 
 
 def _check_bias(bias: Tensor, query: Tensor, own: int, packed: int, prefix_offsets: Tensor | None) -> None:
@@ -232,16 +266,23 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.backend = inputs[10:14], inputs[16]
-    ctx.save_for_backward(*inputs[:10], *inputs[14:16], *output)
+    ctx.options, ctx.scale_block, ctx.backend = inputs[10:14], inputs[18], inputs[19]
+    ctx.save_for_backward(*inputs[:10], *inputs[14:18], *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, sinks, bias, out, lse = ctx.saved_tensors
+    *tensors, sinks, bias, key_scale, value_scale, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    quantized = ctx.scale_block is not None
+    if quantized:
+        # Kept in int8 between the passes; no backend's backward has to know of it.
+        for i, scale in ((3, key_scale), (4, value_scale)):
+            tensors[i] = dequantize(tensors[i], scale, ctx.scale_block, out.dtype)
     *grads, grad_sinks = _backward_op(grad_out, grad_lse, *tensors, *ctx.options, sinks, bias, out, lse, ctx.backend)
-    return (*grads, *(None,) * 9, None if sinks is None else grad_sinks, None, None)
+    if quantized:
+        grads[3:] = None, None
+    return (*grads, *(None,) * 9, None if sinks is None else grad_sinks, *(None,) * 5)
 
 
 _ARGUMENTS = (
@@ -249,7 +290,10 @@ _ARGUMENTS = (
     "Tensor? prefix_index, Tensor? own_start, Tensor? own_end, Tensor? query_start, float scale, bool causal, "
     "SymInt? sliding_window, float? softcap, Tensor? sinks, Tensor? bias"
 )
-_forward = define(f"prefix_attention({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _forward_impl, _forward_fake)
+_SCALES = "Tensor? prefix_key_scale, Tensor? prefix_value_scale, SymInt? prefix_scale_block"
+_forward = define(
+    f"prefix_attention({_ARGUMENTS}, {_SCALES}, str backend) -> (Tensor, Tensor)", _forward_impl, _forward_fake
+)
 _backward_op = define(
     f"prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, {_ARGUMENTS}, Tensor out, Tensor lse, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

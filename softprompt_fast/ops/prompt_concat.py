@@ -227,8 +227,10 @@ def check_values(
 
 
 def _forward_impl(*args: Any) -> Tensor:
-    check_values(*args[:-1])
-    return BACKENDS[args[-1]].forward(*args[:-1])
+    *given, backend = args
+    # Without a table, no pass over the ids: the C++ kernel reports a wrong one when it comes to it.
+    check_values(given[0], None if backend == "cpu" else given[1], *given[2:])
+    return BACKENDS[backend].forward(*given)
 
 
 def _forward_fake(tokens: Tensor, table: Tensor | None, prompt: Tensor, *rest: Any) -> Tensor:

@@ -25,6 +25,9 @@ def prefix_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own = key.shape[1], key.shape[2]
@@ -38,6 +41,10 @@ def prefix_attention(
 
     # Each row's prefix, gathered from the pack: entry p of row b is packed entry first[b] + p, for p < length[b].
     packed = prefix_key.shape[1]
+    if prefix_key_scale is not None and prefix_value_scale is not None and prefix_scale_block is not None:
+        block = torch.arange(packed, device=device) // prefix_scale_block  # [L]
+        prefix_key = prefix_key.to(dtype) * prefix_key_scale.to(dtype)[:, block, None]
+        prefix_value = prefix_value.to(dtype) * prefix_value_scale.to(dtype)[:, block, None]
     prefix_index = per_row(prefix_index, 0)
     if prefix_offsets is None:
         prefix_offsets = torch.tensor([0, packed], device=device)

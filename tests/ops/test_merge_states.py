@@ -146,7 +146,7 @@ ORDERS = [(0, 2, 1, 3), (3, 0, 1, 2), (2, 1, 0, 3)]
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_strides(order: tuple[int, ...], dtype: torch.dtype, cpu: str) -> None:
     """Memory in any order, columns that lie apart, broadcast LSEs: the bits of dense inputs, in results whose strides
-    are those of PyTorch's elementwise functions."""
+    are those of torch.empty_like."""
     shape, lse_shape = (2, 3, 7, 19), (2, 3, 7)
     lse_order = tuple(d for d in order if d < 3)
     dense = [x.contiguous().requires_grad_() for x in states(lse_shape, dtype, shape[3])]
@@ -158,7 +158,7 @@ def test_strides(order: tuple[int, ...], dtype: torch.dtype, cpu: str) -> None:
         with poisoned_memory():
             results = ops.merge_states(*given, backend=cpu)
         wanted = ops.merge_states(*dense, backend=cpu)
-        assert [x.stride() for x in results] == [(x + y).stride() for x, y in (given[::2], given[1::2])]
+        assert [x.stride() for x in results] == [torch.empty_like(x).stride() for x in given[:2]]
         assert all(torch.equal(x, y) for x, y in zip(results, wanted, strict=True))
         weights = [torch.randn(x.shape).to(x.dtype) for x in wanted]
         apart = [torch.empty(*shape, 2, dtype=dtype)[..., 0].copy_(weights[0]), weights[1].mT.contiguous().mT]
@@ -226,10 +226,10 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_opcheck_of_views(order: tuple[int, ...], cpu: str) -> None:
+def test_opcheck_of_views(order: tuple[int, ...], backend: str) -> None:
     inputs = [guarded((2, 3, 7, 5), order=order), *states((2, 3, 7), torch.float32)[1:]]
     of = (x.requires_grad_() for x in inputs)
-    torch.library.opcheck(torch.ops.softprompt_fast.merge_states.default, (*of, cpu))
+    torch.library.opcheck(torch.ops.softprompt_fast.merge_states.default, (*of, backend))
 
 
 def test_compiles_to_one_graph_and_once(backend: str) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt_fast import ops
-from softprompt_fast.backends import _registry
+from softprompt_fast.backends import _registry, native
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import (
@@ -22,9 +24,14 @@ from softprompt_fast.testing import (
     rows_of,
     visible,
 )
+from tests.isas import BACKENDS, using
 
 # ``ops.prefix_attention`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
+
+EXTENSION, WHY_NOT = native.load()
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason=f"C++ extension: {WHY_NOT}")
+NAMES = ["torch", pytest.param("cpu", marks=needs_extension)]
 
 PACKED = {"prefix": 9, "prefix_offsets": [0, 4, 4, 9], "prefix_index": [2, -1, 0]}
 CASES: dict[str, dict] = {
@@ -60,7 +67,7 @@ CASES: dict[str, dict] = {
     "softcap": {"softcap": 1.5},
     "softcap prefill": {"softcap": 1.5, "queries": 7},
     "softcap window": {"softcap": 1.5, "sliding_window": 4, "own_start": [0, 1, 2]},
-    "sinks": {"sinks": True},
+    "sinks": {"sinks": True, "q_heads": 16},  # one gradient a head: fewer make no mean
     "sinks decode window": {"sinks": True, "queries": 1, "sliding_window": 5},
     "sinks alone": {"sinks": True, "queries": 7, "own_start": [0, 7, 7], "prefix": 0},
     "bias": {"bias": (3, 4, 5, 13)},
@@ -98,6 +105,14 @@ SOME = (
 )
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(name: str, dtype: torch.dtype = torch.float32) -> AttentionInputs:
     return attention_inputs(dtype=dtype, **CASES[name])
 
@@ -115,9 +130,13 @@ def weights(out: torch.Tensor, lse: torch.Tensor, real: torch.Tensor) -> tuple[t
 
 
 def gradients(
-    inputs: AttentionInputs, out: torch.Tensor, lse: torch.Tensor, real: torch.Tensor
+    inputs: AttentionInputs, out: torch.Tensor, lse: torch.Tensor, real: torch.Tensor, use: tuple[int, ...] = (0, 1)
 ) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad((out, lse), inputs.gradient_inputs, weights(out, lse, real), materialize_grads=True)
+    upstream = weights(out, lse, real)
+    results = [(out, lse)[i] for i in use]
+    return torch.autograd.grad(
+        results, inputs.gradient_inputs, [upstream[i] for i in use], materialize_grads=True, allow_unused=True
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,12 +174,13 @@ def test_reference_is_the_contract(name: str) -> None:
                     assert math.isclose(lse[b, h, i].item(), math.log(total), rel_tol=1e-12, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("served", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name: str, dtype: torch.dtype) -> None:
+def test_forward(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
     inputs = make(name, dtype)
-    with poisoned_memory():
-        out, lse = run(inputs)
+    with poisoned_memory(), using(served) as backend:
+        out, lse = run(inputs, backend)
     exact = inputs.to(torch.float64)
     oracle_out, oracle_lse = reference(*exact.tensors, **exact.options)
     base_out, base_lse = inputs.baseline()
@@ -177,24 +197,59 @@ def test_forward(name: str, dtype: torch.dtype) -> None:
     assert_within_noise(*(x.masked_fill(~real, 0.0) for x in (lse, oracle_lse, base_lse)), "lse")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("no rows", "no queries", "no keys")])
-def test_gradients(name: str, dtype: torch.dtype) -> None:
-    inputs = make(name, dtype).requires_grad_()
+Gradients = tuple[torch.Tensor, ...]
+
+
+def three_gradients(
+    inputs: AttentionInputs, backend: str, use: tuple[int, ...] = (0, 1)
+) -> tuple[Gradients, Gradients, Gradients]:
+    """Every gradient through the given results (out, lse): found, in float64, and as PyTorch's operators have it."""
+    inputs.requires_grad_()
     exact = inputs.to(torch.float64).requires_grad_()
-    plain = inputs.to(dtype).requires_grad_()
+    plain = inputs.to(inputs.query.dtype).requires_grad_()
     real = inputs.real_queries()
     with poisoned_memory():
-        found = gradients(inputs, *run(inputs), real)
-    oracle = gradients(exact, *reference(*exact.tensors, **exact.options), real)
-    empty = torch.isneginf(reference(*exact.tensors, **exact.options)[1])
+        found = gradients(inputs, *run(inputs, backend), real, use)
+    want = reference(*exact.tensors, **exact.options)
+    oracle = gradients(exact, *want, real, use)
     # Where a query sees nothing PyTorch's own softmax has NaN gradients: no baseline, so the floor alone is allowed.
-    exactly = tuple(x.to(dtype) for x in oracle)
-    baseline = exactly if empty.any() else gradients(plain, *plain.baseline(), real)
+    exactly = tuple(x.to(inputs.query.dtype) for x in oracle)
+    baseline = exactly if torch.isneginf(want[1]).any() else gradients(plain, *plain.baseline(), real, use)
+    return found, oracle, baseline
+
+
+def check_gradients(inputs: AttentionInputs, backend: str, use: tuple[int, ...] = (0, 1)) -> Gradients:
+    found, oracle, baseline = three_gradients(inputs, backend, use)
     names = ("query", "key", "value", "prefix_key", "prefix_value", "sinks")
     for what, x, y, z in zip(names, found, oracle, baseline, strict=False):
         if x.numel():
             assert_within_noise(x, y, z, f"gradient of {what}")
+    return found
+
+
+@pytest.mark.parametrize("served", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("no rows", "no queries", "no keys")])
+def test_gradients(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
+    with using(served) as backend:
+        check_gradients(make(name, dtype), backend)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("name", ["no rows", "no queries", "no keys"])
+def test_gradients_of_nothing(name: str, backend: str) -> None:
+    inputs = make(name).requires_grad_()
+    with poisoned_memory():
+        found = gradients(inputs, *run(inputs, backend), inputs.real_queries())
+    for x, y in zip(found, inputs.gradient_inputs, strict=True):
+        assert x.shape == y.shape and not x.any()
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("use", [(0,), (1,)], ids=["out", "lse"])
+@pytest.mark.parametrize("name", ["plain", "sinks decode window", "packed", "softcap"])
+def test_gradients_of_one_result(name: str, use: tuple[int, ...], backend: str) -> None:
+    check_gradients(make(name), backend, use)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -254,30 +309,33 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", SOME)
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, backend: str) -> None:
     inputs = make(name).requires_grad_()
     o = {"causal": True, **inputs.options}
     names = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     args = [*inputs.tensors, *(o.get(n) for n in names), 0.25]
-    args += [o["causal"], o.get("sliding_window"), o.get("softcap"), o.get("sinks"), o.get("bias"), "torch"]
+    args += [o["causal"], o.get("sliding_window"), o.get("softcap"), o.get("sinks"), o.get("bias")]
+    args += [None, None, None, backend]
     torch.library.opcheck(torch.ops.softprompt_fast.prefix_attention.default, args)
 
 
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", SOME)
-def test_compiles_to_one_graph(name: str) -> None:
+def test_compiles_to_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
     inputs = make(name).requires_grad_()
     real = inputs.real_queries()
-    out, lse = torch.compile(run, fullgraph=True, backend="aot_eager")(inputs)
-    want_out, want_lse = run(inputs)
+    out, lse = torch.compile(run, fullgraph=True, backend="aot_eager")(inputs, backend)
+    want_out, want_lse = run(inputs, backend)
     assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
     for x, y in zip(gradients(inputs, out, lse, real), gradients(inputs, want_out, want_lse, real), strict=True):
         assert torch.equal(x, y)
 
 
 def test_automatic_choice_compiles() -> None:
-    """Choosing a backend is traced too: the torch backend's node, or all of the reference where bias is trained."""
+    """Choosing a backend is traced too: a backend's node, or all of the reference where bias is trained."""
     torch._dynamo.reset()
     compiled = torch.compile(ops.prefix_attention, fullgraph=True, backend="aot_eager")
     for name, trained in (("plain", False), ("bias", True)):
@@ -289,14 +347,17 @@ def test_automatic_choice_compiles() -> None:
         )
 
 
-def test_inductor() -> None:
+@pytest.mark.parametrize("backend", NAMES)
+def test_inductor(backend: str) -> None:
     torch._dynamo.reset()
     inputs = make("decode left padded")
-    out, lse = torch.compile(run, fullgraph=True)(inputs)
-    assert torch.equal(out, run(inputs)[0]) and torch.equal(lse, run(inputs)[1])
+    out, lse = torch.compile(run, fullgraph=True)(inputs, backend)
+    want_out, want_lse = run(inputs, backend)
+    assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
 
 
-def test_no_recompilation() -> None:
+@pytest.mark.parametrize("backend", NAMES)
+def test_no_recompilation(backend: str) -> None:
     """As a decode loop sees it: own tokens grow, and the batch changes between requests."""
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -305,7 +366,7 @@ def test_no_recompilation() -> None:
         inputs = attention_inputs(batch=batch, queries=1, own=own, own_start=[0] * batch)
         for x in (*inputs.tensors[:3], inputs.options["own_start"]):
             torch._dynamo.mark_dynamic(x, 0)
-        assert torch.equal(compiled(inputs)[0], run(inputs)[0])
+        assert torch.equal(compiled(inputs, backend)[0], run(inputs, backend)[0])
 
     call(3, 7)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -368,6 +429,145 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(lse[:, :, 3:8], want_lse, rtol=1e-12, atol=1e-12)
 
 
+def moved(x: torch.Tensor, *order: int) -> torch.Tensor:
+    """A copy whose dimensions lie in memory in another order: places of the last three, outermost first."""
+    front = x.dim() - 3
+    return guarded(x.shape, x.dtype, order=[*range(front), *(front + d for d in order)]).copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "heads inside": lambda x: moved(x, 1, 0, 2),
+    "features outside": lambda x: moved(x, 0, 2, 1),
+    "every other feature": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "one head for all": lambda x: x.narrow(-3, 0, 1).expand(x.shape),
+    "one entry for all": lambda x: x.narrow(-2, 0, 1).expand(x.shape),
+    "one row for all": lambda x: x[:1].expand(x.shape) if x.dim() == 4 else x,
+    "overlapping": lambda x: x.flatten().as_strided(x.shape, (*(7, 6, 5)[4 - x.dim() :], 1)),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["plain", "decode left padded", "packed window bias", "other value size", "odd 63"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_change_no_bit(name: str, layout: str, dtype: torch.dtype) -> None:
+    """Results and gradients of views with any strides, zero and overlapping ones too, equal those of dense copies."""
+    inputs = make(name, dtype)
+    batch, q_heads, queries, _ = inputs.query.shape
+    grad_out = LAYOUTS[layout](torch.randn(batch, q_heads, queries, inputs.value.shape[-1]).to(dtype))
+    grad_lse = torch.randn(1, q_heads, 1).expand(batch, q_heads, queries)
+    views = [LAYOUTS[layout](x).detach() for x in inputs.tensors]
+    assert not all(x.is_contiguous() for x in views)
+    results = []
+    for tensors in (views, [x.contiguous() for x in views]):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, lse = ops.prefix_attention(*leaves, **inputs.options, return_lse=True, backend="cpu")
+        grad = (grad_out, grad_lse) if tensors is views else (grad_out.contiguous(), grad_lse.contiguous())
+        results.append([out, lse, *torch.autograd.grad((out, lse), leaves, grad)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["plain", "decode left padded", "static cache", "packed", "sinks decode window"])
+def test_other_rows_change_no_bit(name: str) -> None:
+    """What one row gives and gets does not depend on what stands in its neighbours, nor in its own padding."""
+    inputs = make(name)
+    real = inputs.real_queries()
+    first = torch.arange(len(real)).view(-1, 1, 1, 1) == 0
+    seen = visible(inputs)[..., -inputs.key.shape[2] :].any(1)[:, None, :, None] & first
+    used = (real & first, seen, seen, torch.tensor(True), torch.tensor(True))
+    results = []
+    for _ in range(2):
+        leaves = [torch.where(kept, x, torch.randn_like(x)) for x, kept in zip(inputs.tensors, used, strict=True)]
+        for x in leaves:
+            x.requires_grad_()
+        out, lse = ops.prefix_attention(*leaves, **inputs.options, return_lse=True, backend="cpu")
+        upstream = weights(out, lse, real)
+        grads = torch.autograd.grad((out, lse), leaves[:3], upstream)
+        results.append([out[0] * real[0], lse[0].masked_fill(~real[0, ..., 0], 0.0), *(x[0] for x in grads)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+# Large enough for several threads: rows in chunks of several, rows cut into chunks, and neither.
+SPREAD: dict[str, dict] = {
+    "head a thread": {"batch": 2, "queries": 70, "own": 70, "prefix": 70, "head_dim": 32},
+    "rows in chunks": {"batch": 5, "q_heads": 2, "kv_heads": 1, "queries": 33, "own": 40, "prefix": 130},
+    "row cut": {"batch": 1, "q_heads": 4, "kv_heads": 1, "queries": 90, "own": 100, "prefix": 70, "head_dim": 20},
+    "rows cut": {"batch": 2, "q_heads": 4, "kv_heads": 1, "queries": 70, "own": 70, "prefix": 70, "own_start": [0, 9]},
+    "row cut window": {
+        "batch": 1, "q_heads": 3, "kv_heads": 1, "queries": 130, "own": 150, "prefix": 70, "sliding_window": 90
+    },
+    "packed in chunks": {
+        "batch": 6, "q_heads": 4, "kv_heads": 1, "queries": 30, "own": 30, "prefix": 140,
+        "prefix_offsets": [3, 70, 70, 139], "prefix_index": [0, 2, -1, 0, 1, 0],
+    },
+}  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", SPREAD)
+def test_threads(name: str, count: int) -> None:
+    """Right, and the same to the last bit at every call, for any number of threads."""
+    inputs = attention_inputs(**SPREAD[name])
+    with threads(count):
+        first = check_gradients(inputs, "cpu")
+        others = [gradients(inputs, *run(inputs, "cpu"), inputs.real_queries()) for _ in range(3)]
+    for again in others:
+        for x, y in zip(first, again, strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["plain", "odd 63", "bias", "softcap window", "other value size", "sinks", *SPREAD])
+def test_scratch_leaves_no_trace(name: str) -> None:
+    """Memory kept from an earlier call, here full of NaN, is never read before it is written."""
+    inputs = attention_inputs(**(CASES | SPREAD)[name]).requires_grad_()
+    real = inputs.real_queries()
+    spoiled = attention_inputs(q_heads=6, kv_heads=3, queries=130, own=150, prefix=150, head_dim=64)
+    tensors = [torch.full_like(x, math.nan).requires_grad_() for x in spoiled.tensors]
+    with threads(3):
+        want = gradients(inputs, *run(inputs, "cpu"), real)
+        for x in torch.autograd.grad(ops.prefix_attention(*tensors, backend="cpu").sum(), tensors):
+            assert x.isnan().all()
+        found = gradients(inputs, *run(inputs, "cpu"), real)
+    for x, y in zip(found, want, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        ((8, 512, 8, 2), (96, 8, 0)),  # an even load as it is
+        ((8, 512, 3, 2), (96, 4, 0)),  # 3 heads on 2 threads: 6 chunks
+        ((1, 512, 1, 2), (96, 1, 3)),  # one row: cut between its 6 blocks
+        ((1, 512, 1, 16), (96, 1, 1)),
+        ((16, 96, 3, 2), (96, 8, 0)),
+        ((1, 4, 8, 64), (96, 1, 0)),  # one block a head
+        ((32, 3, 8, 1), (96, 32, 0)),
+        ((2, 97, 1, 1), (64, 2, 0)),
+    ],
+)
+def test_backward_plan(shape: tuple[int, int, int, int], plan: tuple[int, int, int]) -> None:
+    assert EXTENSION.plan_prefix_attention_backward(*shape) == plan
+
+
+@needs_extension
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 40), st.integers(1, 64))
+def test_backward_plan_is_sound(batch: int, per_row: int, kv_heads: int, threads: int) -> None:
+    block, rows, blocks = EXTENSION.plan_prefix_attention_backward(batch, per_row, kv_heads, threads)
+    assert 0 < block <= 96 and (per_row > block or block % per_row == 0)
+    assert 1 <= rows <= batch and (blocks == 0 or rows == 1)
+    chunks = -(-batch // rows) * (1 if blocks == 0 else -(-per_row // (block * blocks)))
+    assert kv_heads * chunks <= max(kv_heads, 2 * threads + kv_heads - 1)  # each costs a partial as long as the prefix
+    busiest = -(-kv_heads * chunks // threads) * (rows * per_row if blocks == 0 else blocks * block)
+    assert busiest <= -(-kv_heads // threads) * batch * per_row
+
+
 def test_prefix_gradient_sums_over_rows() -> None:
     inputs = attention_inputs(batch=4, dtype=torch.float64).requires_grad_()
     whole = torch.autograd.grad(run(inputs)[0].square().sum(), inputs.tensors[3:])
@@ -389,11 +589,34 @@ def test_unused_lse_and_frozen_inputs() -> None:
         torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
 
 
-def test_autocast_does_not_round_inside() -> None:
+@pytest.mark.parametrize("backend", NAMES)
+def test_autocast_does_not_round_inside(backend: str) -> None:
     inputs = make("softcap")
-    want = run(inputs)[0]
+    want = run(inputs, backend)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(run(inputs)[0], want)
+        assert torch.equal(run(inputs, backend)[0], want)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("queries", [1, 5, 30])
+def test_bias_may_hide_everything(queries: int, backend: str) -> None:
+    """One query's bias is -inf all along: it sees nothing, gives zeros, gets no gradient, disturbs no other."""
+    inputs = attention_inputs(queries=queries, own=30, bias=(3, 4, queries, 36)).requires_grad_()
+    inputs.options["bias"][1, :, -1] = -math.inf
+    out, lse = run(inputs, backend)
+    assert not out[1, :, -1].any() and torch.isneginf(lse[1, :, -1]).all()
+    found = check_gradients(inputs, backend)
+    assert not found[0][1, :, -1].any()
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_bias_gradient_is_refused(backend: str) -> None:
+    inputs = make("bias")
+    inputs.options["bias"].requires_grad_()
+    with pytest.raises(BackendError, match="gives no gradient for bias"):
+        run(inputs, backend)
+    with torch.no_grad():
+        run(inputs, backend)
 
 
 def test_bias_gradient_goes_to_the_reference(
@@ -402,8 +625,6 @@ def test_bias_gradient_goes_to_the_reference(
     monkeypatch.setattr(_registry, "_told", set())
     inputs = make("bias", torch.float64)
     bias = inputs.options["bias"].requires_grad_()
-    with pytest.raises(BackendError, match="gives no gradient for bias"):
-        run(inputs)
     for _ in range(2):
         out = ops.prefix_attention(*inputs.tensors, **inputs.options)
     assert sum("no gradient for bias" in r.message for r in caplog.records) == 1
@@ -454,6 +675,51 @@ def test_any_shape(batch, kv_heads, groups, queries, extra, head_dim, lengths, w
     torch.testing.assert_close(lse.masked_fill(~real, 0.0), want_lse.masked_fill(~real, 0.0), rtol=1e-10, atol=1e-10)
 
 
+@needs_extension
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    queries=st.integers(1, 40),
+    extra=st.integers(0, 70),
+    head_dim=st.integers(1, 40),
+    v_dim=st.integers(1, 40),
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+    options=st.fixed_dictionaries(
+        {}, optional={"sliding_window": st.integers(1, 150), "softcap": st.floats(0.5, 3), "sinks": st.just(True)}
+    ),
+    count=st.integers(1, 4),
+    data=st.data(),
+)
+def test_any_gradient(batch, kv_heads, groups, queries, extra, head_dim, v_dim, lengths, options, count, data) -> None:
+    own = queries + extra
+    starts = [data.draw(st.integers(0, own)) for _ in range(batch)]
+    inputs = attention_inputs(
+        batch=batch,
+        q_heads=kv_heads * groups,
+        kv_heads=kv_heads,
+        queries=queries,
+        own=own,
+        head_dim=head_dim,
+        v_dim=v_dim,
+        prefix=sum(lengths),
+        own_start=starts,
+        own_end=[data.draw(st.integers(s, own)) for s in starts],
+        query_start=[data.draw(st.integers(0, own - queries)) for _ in range(batch)],
+        prefix_offsets=[sum(lengths[:n]) for n in range(len(lengths) + 1)],
+        prefix_index=[data.draw(st.integers(-1, len(lengths) - 1)) for _ in range(batch)],
+        **options,
+    )
+    with threads(count):
+        found, oracle, baseline = three_gradients(inputs, "cpu")
+    # As one vector: of a tensor with one element or two there is no mean. Scaled alike, and by powers of two, exactly.
+    scales = [2.0 ** -math.frexp(x.abs().max().item())[1] if x.numel() else 1.0 for x in oracle]
+    assert_within_noise(
+        *(torch.cat([x.flatten() * f for x, f in zip(xs, scales, strict=True)]) for xs in (found, oracle, baseline))
+    )
+
+
 def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -490,7 +756,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"backend": "fast"}, "backend: expected 'auto' or one of .*, found 'fast'"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*NAMES, "reference"])
 def test_bad_input(change: dict, message: str, backend: str) -> None:
     inputs = attention_inputs()
     names = ("query", "key", "value", "prefix_key", "prefix_value")

@@ -38,6 +38,9 @@ def forward(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
@@ -46,6 +49,10 @@ def forward(
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
     rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
     sinks = _tensors.as_float(sinks)
+    key_scale, value_scale = _tensors.dense(prefix_key_scale), _tensors.dense(prefix_value_scale)
+    scales = None
+    if key_scale is not None and value_scale is not None:
+        scales = (key_scale.data_ptr(), value_scale.data_ptr(), key_scale.shape[1], prefix_scale_block)
     bias_view, bias_columns = None, 0
     if bias is not None:
         bias_columns = bias.shape[3] - own
@@ -67,7 +74,7 @@ def forward(
         0 if sinks is None else sinks.data_ptr(),
         bias_view,
         bias_columns,
-        None,
+        scales,
         torch.get_num_threads(),
     )
     return out, lse
@@ -97,11 +104,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
-    grads = (
-        query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2),
-        *(x.new_empty(x.shape) if lse.numel() else x.new_zeros(x.shape) for x in (key, value)),
-        *(x.new_zeros(x.shape) for x in (prefix_key, prefix_value)),  # not all of a pack need be in use
-    )
+    grad_query = query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2)
+    # The kernel writes the gradients of every row's own keys, where there are rows of queries; of a pack those in use.
+    grad_key, grad_value = (x.new_empty(x.shape) if lse.numel() else x.new_zeros(x.shape) for x in (key, value))
+    grad_prefix_key, grad_prefix_value = (x.new_zeros(x.shape) for x in (prefix_key, prefix_value))
+    grads = (grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value)
     lse, grad_lse = lse.contiguous(), _tensors.as_float(grad_lse)
     delta = None if sinks is None else torch.empty_like(lse)
     rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
@@ -135,5 +142,5 @@ def backward(
     if sinks is None or delta is None:
         return *grads, None
     # A sink's probability is exp(sink - lse), its value zero: only -delta is left of p (grad_out . value - delta).
-    weights = (sinks.to(torch.float32).view(1, -1, 1) - lse).exp()
+    weights = (sinks.to(torch.float64).view(1, -1, 1) - lse).exp()
     return *grads, -(weights * delta).sum((0, 2)).to(sinks.dtype)

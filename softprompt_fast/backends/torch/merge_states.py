@@ -14,12 +14,12 @@ def reasons(*args: Any) -> list[str]:
 
 
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = torch.logaddexp(lse_a, lse_b, out=torch.empty_like(lse_a))
     # Two empty states: lse is -inf, and (-inf) - (-inf) would be NaN. Against a finite stand-in both weights are
     # exp(-inf) = 0.
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)
     weight_a, weight_b = (lse_a - finite).exp_().unsqueeze(-1), (lse_b - finite).exp_().unsqueeze(-1)
-    return torch.addcmul(weight_a * out_a, weight_b, out_b).to(out_a.dtype), lse
+    return torch.addcmul(weight_a * out_a, weight_b, out_b, out=torch.empty_like(out_a)), lse
 
 
 def backward(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.heuristics import join_keys, score_rows
+from softprompt_fast.backends.int8 import dequantize
 from softprompt_fast.backends.torch._visibility import Part, Visibility
 
 # PyTorch's own tiled CPU kernels. Unlike scaled_dot_product_attention they return the LSE, and the backward takes any
@@ -50,6 +51,9 @@ def forward(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own = key.shape[1], key.shape[2]
@@ -58,6 +62,9 @@ def forward(
     if query.numel() == 0:
         out = query.new_empty(batch, queries, q_heads, value.shape[-1]).transpose(1, 2)
         return out, query.new_empty(batch, q_heads, queries, dtype=dtype)
+    if prefix_key_scale is not None and prefix_value_scale is not None and prefix_scale_block is not None:
+        prefix_key = dequantize(prefix_key, prefix_key_scale, prefix_scale_block, dtype)
+        prefix_value = dequantize(prefix_value, prefix_value_scale, prefix_scale_block, dtype)
     query = _operand(query, dtype)
     parts = Visibility(
         batch, queries, own, prefix_key.shape[1], query.device, prefix_offsets, prefix_index, own_start, own_end,

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: systems that take turns, ratios with their spread, and the machine's own rates.
+
+A machine slows down and speeds up while a benchmark runs. So the systems take turns (A B C, A B C, ...), a ratio is
+the median of the ratios of single rounds, and its spread runs from their 20th to their 80th percentile.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from softprompt_fast import info
+from softprompt_fast.backends import heuristics, native
+from softprompt_fast.backends._registry import available_backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Systems = dict[str, Callable[[], Any]]
+Samples = dict[str, list[float]]
+
+
+def backends(op: str) -> list[str]:
+    """Backends that can run an op here, in the order in which "auto" tries them."""
+    reasons = available_backends(op)
+    return [name for name in heuristics.backend_order("cpu") if not reasons[name]]
+
+
+def interleave(systems: Systems, rounds: int, *, turn: float = 2e-3) -> Samples:
+    """Seconds a call, one number a round. A system's turn lasts about ``turn`` seconds: short calls are repeated, as
+    one of them is below what a clock and a scheduler resolve, after one untimed call that finds the caches as the
+    system before left them."""
+
+    def seconds(system: Callable[[], Any], calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            system()
+        return (time.perf_counter() - started) / calls
+
+    calls = {}
+    for name, system in systems.items():
+        system()  # allocates, compiles
+        calls[name] = max(1, round(turn / min(seconds(system, 1) for _ in range(3))))
+    samples: Samples = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, system in systems.items():
+            if calls[name] > 1:
+                system()
+            samples[name].append(seconds(system, calls[name]))
+    return samples
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    low, high = values[0], values[-1]
+    if len(values) > 1:
+        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": low, "p80": high}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios of single rounds; ``over``: the other system's seconds, ``under``: ours."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def fastest(samples: Samples, names: Sequence[str]) -> str:
+    return min(names, key=lambda name: statistics.median(samples[name]))
+
+
+class Machine:
+    """What this machine does at best: fp32 products, by MKL and by oneDNN with packed weights, and copies.
+
+    ``systems`` take part in the rounds of a benchmark; :meth:`rates` turns their samples into rates.
+    """
+
+    def __init__(self, size: int = 2048, copied: int = 256 << 20) -> None:
+        """``size``: of the square matrices. ``copied``: bytes, far more than the last level of cache holds."""
+        x, weight, out = torch.randn(3, size, size)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, size)
+        source, target = torch.randn(2, copied // 4)
+        self.flops, self.bytes = 2 * size**3, 2 * copied  # a copy reads and writes
+        self.systems: Systems = {
+            "GEMM, MKL": lambda: torch.mm(x, weight, out=out),
+            "GEMM, oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+            "copy": lambda: target.copy_(source),
+        }
+        expected = F.linear(x, weight)
+        torch.testing.assert_close(self.systems["GEMM, oneDNN"](), expected, rtol=1e-4, atol=1e-3)
+
+    def rates(self, samples: Samples) -> dict[str, dict[str, float]]:
+        """GFLOP/s and GB/s."""
+        work = {"GEMM, MKL": self.flops, "GEMM, oneDNN": self.flops, "copy": self.bytes}
+        return {name: spread([amount / s / 1e9 for s in samples[name]]) for name, amount in work.items()}
+
+    def share_of_roofline(self, samples: Samples, of: Sequence[float], flops: float, moved: float) -> dict[str, Any]:
+        """For each GEMM, the spread of ``max(flops / GEMM rate, bytes / copy rate) / seconds`` over the rounds."""
+        return {
+            gemm: spread(
+                [
+                    max(flops * g / self.flops, moved * c / self.bytes) / seconds
+                    for g, c, seconds in zip(samples[gemm], samples["copy"], of, strict=True)
+                ]
+            )
+            for gemm in ("GEMM, MKL", "GEMM, oneDNN")
+        }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def setting() -> dict[str, Any]:
+    """Where, with what and how a result was obtained."""
+    facts = info.collect()
+    extension, _ = native.load()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    # A result is no place for the paths of the machine that measured it.
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    script = Path(sys.argv[0])
+    return {
+        "cpu": cpu_name(),
+        "isa": None if extension is None else extension.isa(),
+        "threads": torch.get_num_threads(),
+        "torch_capability": facts["torch"]["cpu_capability"],
+        "extension": facts["extension"],
+        "packages": {name: version for name, version in facts["packages"].items() if version},
+        "commit": done.stdout.strip() or None,
+        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *arguments]),
+    }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"setting": setting(), **result}, indent=1) + "\n", encoding="utf-8")
+
+
+def show(table: Table) -> None:
+    """Print a table; wide, where no terminal says how wide."""
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def shown(values: dict[str, float], unit: str = "x") -> str:
+    """Such as "3.14x (3.02 to 3.20)"; unit "%": of ratios."""
+    scale = 100 if unit == "%" else 1
+    digits = 0 if unit == "%" else 2
+    median, low, high = (f"{scale * values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
+    return f"{median}{unit} ({low} to {high})"
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    values = spread(seconds)
+    return f"{1e3 * values['median']:.3f} ({1e3 * values['p20']:.3f} to {1e3 * values['p80']:.3f})"
