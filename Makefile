@@ -7,6 +7,7 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
+SANITIZE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -17,14 +18,15 @@ BUILD := $(VENV)/.stamp-build
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test lint format native clean
+.PHONY: help install assets demo test lint format native sanitize clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
 	@echo "make test     lint, then every test"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite the files"
-	@echo "make native   rebuild the C++ extension; fails if it cannot be built"
+	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
+	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
 	@echo "make clean    remove what the targets above made"
 
 $(PY):
@@ -71,7 +73,13 @@ format: install
 	$(VENV)/bin/clang-format -i $(CSRC)
 
 native: $(DEPS)
-	SOFTPROMPT_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace --force
+	rm -rf build/temp.*
+	@start=$$(date +%s) && SOFTPROMPT_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace --force && \
+	  echo "C++ extension: built in $$(($$(date +%s) - start)) s on $$(getconf _NPROCESSORS_ONLN) processors"
+
+# The extension goes to build/sanitize; the installed one stays. SANITIZE_ARGS: pytest's, instead of all tests.
+sanitize: install
+	$(PY) tests/sanitize.py $(SANITIZE_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -100,16 +100,24 @@ void prefix_attention_backward(py::handle query, py::handle key, py::handle valu
   PrefixAttentionBackward op = {};
   op.forward = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale,
                          causal, window, softcap, sinks, bias, bias_columns, false);
-  op.grad_out = as_tensor("grad_out", grad_out, 4);
-  check_dtype("grad_out", op.grad_out, op.forward.query.dtype);
+  const PrefixAttention& f = op.forward;
+  const bool queries = f.batch > 0 && f.q_heads > 0 && f.queries > 0;
+  const bool own = queries && f.own > 0, packed = queries && f.packed > 0, v = f.v_dim > 0;
+  op.grad_out = as_tensor("grad_out", grad_out, 4, queries && v);
   check_threads(threads);
   op.grad_lse = reinterpret_cast<const float*>(grad_lse);
   SOFTPROMPT_FAST_CHECK(grads.size() == 5, "grads: expected 5 tensors, found ", grads.size());
-  op.grad_query = as_tensor("grad_query", grads[0], 4);
-  op.grad_key = as_tensor("grad_key", grads[1], 4);
-  op.grad_value = as_tensor("grad_value", grads[2], 4);
-  op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3);
-  op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3);
+  op.grad_query = as_tensor("grad_query", grads[0], 4, queries);
+  op.grad_key = as_tensor("grad_key", grads[1], 4, own);
+  op.grad_value = as_tensor("grad_value", grads[2], 4, own && v);
+  op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3, packed);
+  op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3, packed && v);
+  check_dtype("grad_out", op.grad_out, f.query.dtype);
+  check_dtype("grad_query", op.grad_query, f.query.dtype);
+  check_dtype("grad_key", op.grad_key, f.query.dtype);
+  check_dtype("grad_value", op.grad_value, f.query.dtype);
+  check_dtype("grad_prefix_key", op.grad_prefix_key, f.query.dtype);
+  check_dtype("grad_prefix_value", op.grad_prefix_value, f.query.dtype);
   op.delta = reinterpret_cast<float*>(delta);
   const PrefixAttentionRows indexes = read_rows(op.forward, rows);
   py::gil_scoped_release release;
@@ -136,6 +144,10 @@ void bind_prefix_attention(py::module_& module) {
   module.def(
       "plan_prefix_attention_backward",
       [](int64_t batch, int64_t per_row, int64_t kv_heads, int threads) {
+        SOFTPROMPT_FAST_CHECK(batch > 0 && per_row > 0 && kv_heads > 0,
+                              "sizes: expected batch, per_row, kv_heads > 0, found ", batch, ", ",
+                              per_row, ", ", kv_heads);
+        check_threads(threads);
         const auto plan = plan_prefix_attention_backward(batch, per_row, kv_heads, threads);
         return std::make_tuple(plan.block_size, plan.chunk_rows, plan.row_blocks);
       },

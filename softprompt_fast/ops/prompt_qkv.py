@@ -109,6 +109,10 @@ def prompt_qkv(
         width, length = prompt.shape[1], start[6] + tokens.shape[1]
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
+    parameters = [("norm_weight", norm_weight), ("norm_bias", norm_bias), ("cos", cos), ("sin", sin)]
+    for name, x in [*(("weight", w) for w in weights), *(("bias", b) for b in biases), *parameters]:
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, found {describe(x)}")
     _check_projection(weights, biases, q_heads, kv_heads, width)
     if norm not in ("rms", "layer", "none"):
         raise ValueError(f"norm: expected 'rms', 'layer' or 'none', found {norm!r}")
