@@ -57,6 +57,10 @@ class Scales:
     values: tuple[Tensor, ...]
     block: int
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """The last three arguments of ``prefix_attention``, as its backends take them."""
+        return self.keys[layer], self.values[layer], self.block
+
     def dequantize(
         self, layer: int, key: Tensor, value: Tensor, dtype: torch.dtype, first: int = 0
     ) -> tuple[Tensor, Tensor]:

@@ -138,13 +138,14 @@ class FusedDecoder:
         """Why the base no longer computes what was planned; None where it does. Some tens of microseconds."""
         return self._state.changed()
 
-    def why_not_these(self, embeds: Tensor | None, prefix: Sequence[Tensor]) -> str | None:
+    def why_not_these(self, embeds: Tensor | None, prefix: Sequence[Tensor], quantized: bool = False) -> str | None:
         """Why the kernels, which trust their pointers, can't take a call's embeddings and prefixes; None: they can."""
         given = prefix if embeds is None else [embeds, *prefix]
+        kinds = {id(x): torch.int8 for x in prefix} if quantized else {}
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self._state.parameters)):
             return "the call is differentiated"
         for x in given:
-            if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+            if x.dtype != kinds.get(id(x), torch.float32) or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
                 return f"it takes float32 tensors on the CPU, found {type(x).__name__} of {x.dtype} on {x.device}"
         if embeds is not None and embeds.shape[2] != self._norm.weight.shape[0]:
             return f"its embeddings have {self._norm.weight.shape[0]} features, found {embeds.shape[2]}"
@@ -207,6 +208,12 @@ class FusedDecoder:
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
             )
+            if i == len(self._layers) - 1 and isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
+                # Behind the last layer's keys and values only the positions that give logits matter.
+                query = query[:, :, length - logits_to_keep :]
+                x = x.view(batch, length, width)[:, length - logits_to_keep :].reshape(-1, width)
+                if rows[-1] is not None:
+                    rows = (*rows[:-1], rows[-1] + (length - logits_to_keep))
             attended, _ = self._attend(
                 query,
                 keys,
@@ -220,15 +227,16 @@ class FusedDecoder:
                 layer.softcap,
                 None,
                 None,
+                *(() if context.scales is None else context.scales.of_layer(i)),
             )
-            x = self._linear(attended.transpose(1, 2).reshape(batch * length, -1), layer.output, residual=x)
+            x = self._linear(attended.transpose(1, 2).reshape(x.shape[0], -1), layer.output, residual=x)
             x = self._gated_mlp(x, layer.mlp_norm, layer.gate_up, layer.down, self._activation, x)
             if cache is None:
                 scratch.crop(-length)
-        x = x.view(batch, length, width)
-        kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        logits = self._linear(kept.reshape(-1, width), self._head, norm=self._norm)
-        return logits.view(batch, kept.shape[1], self._head.out_features)
+        if isinstance(logits_to_keep, Tensor):
+            x = x.view(batch, length, width)[:, logits_to_keep].reshape(-1, width)
+        logits = self._linear(x, self._head, norm=self._norm)
+        return logits.view(batch, -1, self._head.out_features)
 
 
 def _checked_rows(context: hooks.PrefixContext, batch: int, own: int, packed: int) -> tuple[Tensor | None, ...]:
@@ -566,4 +574,5 @@ def _why_not_this_call(
     for layer in () if cache is None else cache.layers:
         if type(layer) not in (GrowingLayer, StaticLayer):
             return f"the cache has a {type(layer).__name__}"
-    return decoder.why_not_these(embeds, [*(context.keys or ()), *(context.values or ())])
+    prefix = [*(context.keys or ()), *(context.values or ())]
+    return decoder.why_not_these(embeds, prefix, context.scales is not None)
