@@ -428,6 +428,7 @@ def index(*values: int, dtype: torch.dtype = torch.int32) -> tuple[int, int, boo
 
 
 KEPT: list[torch.Tensor] = []
+INT8 = {"prefix_key": (8, 3, 8, 8, 1), "prefix_value": (8, 3, 8, 8, 1)}
 
 
 @needs_extension
@@ -445,9 +446,9 @@ KEPT: list[torch.Tensor] = []
         ({"query": (8, 3, 8, 8, 8, 1)}, "query: expected a floating dtype code 0..2, found 3"),
         ({"value": (8, 1, 8, 8, 8, 1)}, "value: expected dtype code 0, found 1"),
         ({"prefix_key": (8, 3, 8, 8, 1)}, "prefix_key: expected dtype code 0, found 3"),
-        ({"scales": (0, 0, 1, 8)}, "scales: expected memory of both, found a null pointer"),
-        ({"scales": (8, 8, 1, 0)}, "scales: expected a stride >= 0 and a block > 0, found 1 and 0"),
-        ({"scales": (8, 8)}, r"scales: expected a tuple of .* \(4 items\), found 2 items"),
+        (INT8 | {"scales": (0, 0, 1, 8)}, "scales: expected memory of both, found a null pointer"),
+        (INT8 | {"scales": (8, 8, 1, 0)}, "scales: expected a stride >= 0 and a block > 0, found 1 and 0"),
+        (INT8 | {"scales": (8, 8)}, r"scales: expected a tuple of .* \(4 items\), found 2 items"),
         ({"sizes": (1, 1, 1, 1, 1, 1, 8)}, "sizes: expected 8 numbers, found 7"),
         ({"sizes": (1, 1, 1, 1, 1, 1, 8, -1)}, r"sizes: expected numbers within 0..\d+, found -1 in place 7"),
         ({"sizes": (2**62, 1, 1, 1, 1, 1, 8, 8)}, r"sizes: expected numbers within 0..\d+, found \d+ in place 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -30,6 +31,11 @@ def forget():
     native.load.cache_clear()
 
 
+def seconds_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The extension as the sources stand now, built apart from any that is installed."""
@@ -46,9 +52,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         "--build-temp",
         str(folder),
     ]
+    before = seconds_of_children()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning:" not in done.stderr, done.stderr
+    # Processor time, which other work on the machine does not stretch: under three minutes on two processors.
+    spent = seconds_of_children() - before
+    print(f"the extension took {spent:.0f} s of processor time to build")
+    assert spent < 2 * 180
     (binary,) = (path for path in (folder / "softprompt_fast").glob("_C*") if path.suffix in (".so", ".pyd"))
     spec = importlib.util.spec_from_file_location("softprompt_fast._C", binary)
     assert spec is not None and spec.loader is not None
