@@ -146,6 +146,14 @@ def test_results_do_not_depend_on_the_batch() -> None:
         (lambda: PackedLinear([torch.zeros(4, 3), torch.zeros(4, 2)]), r"weights: expected \[N, 3\] on cpu"),
         (lambda: PackedLinear([torch.zeros(4, 3), torch.zeros(4, 3).half()]), "weight: expected one dtype"),
         (lambda: PackedLinear([torch.zeros(4, 3, device="meta")]), "weights: expected .* on cpu"),
+        (
+            lambda: linear(torch.zeros(2, 4), PackedLinear([torch.zeros(4, 3)])),
+            r"x: expected \[M, 3\], found \[2, 4\]",
+        ),
+        (
+            lambda: linear(torch.zeros(2, 3), PackedLinear([torch.zeros(4, 3)]), residual=torch.zeros(2, 2, 4)[:, 0]),
+            r"residual: expected dense float32 \[2, 4\], found strided float32 \[2, 4\]",
+        ),
         (lambda: Norm("batch"), "kind: expected one of none, rms, layer, found 'batch'"),
     ],
 )

@@ -145,7 +145,11 @@ class FusedDecoder:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self._state.parameters)):
             return "the call is differentiated"
         for x in given:
-            if x.dtype != kinds.get(id(x), torch.float32) or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+            if (
+                x.dtype != kinds.get(id(x), torch.float32)
+                or x.device.type != "cpu"
+                or type(x) not in (Tensor, nn.Parameter)
+            ):
                 return f"it takes float32 tensors on the CPU, found {type(x).__name__} of {x.dtype} on {x.device}"
         if embeds is not None and embeds.shape[2] != self._norm.weight.shape[0]:
             return f"its embeddings have {self._norm.weight.shape[0]} features, found {embeds.shape[2]}"
@@ -211,7 +215,7 @@ class FusedDecoder:
             if i == len(self._layers) - 1 and isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
                 # Behind the last layer's keys and values only the positions that give logits matter.
                 query = query[:, :, length - logits_to_keep :]
-                x = x.view(batch, length, width)[:, length - logits_to_keep :].reshape(-1, width)
+                x = x.view(batch, length, width)[:, length - logits_to_keep :].reshape(-1, width).contiguous()
                 if rows[-1] is not None:
                     rows = (*rows[:-1], rows[-1] + (length - logits_to_keep))
             attended, _ = self._attend(

@@ -122,6 +122,13 @@ def packed(
         return kept.layer
 
 
+def _check_dense(name: str, x: Tensor, shape: tuple[int, int]) -> None:
+    # The extension takes it as a pointer: rows further apart than they are wide would be read as other rows.
+    if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
+        dense = "dense" if x.is_contiguous() else "strided"
+        raise ValueError(f"{name}: expected dense float32 {list(shape)}, found {dense} {_tensors.describe(x)}")
+
+
 def linear(x: Tensor, layer: PackedLinear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
     """``norm(x) W^T + b``, float32 ``[M, N]``; with `residual` (float32 ``[M, N]``, dense) added to it in place.
 
@@ -129,6 +136,10 @@ def linear(x: Tensor, layer: PackedLinear, *, norm: Norm | None = None, residual
         x: ``[M, K]``, any strides, float32, bfloat16 or float16.
     """
     rows = x.shape[0]
+    if x.shape != (rows, layer.in_features):
+        raise ValueError(f"x: expected [M, {layer.in_features}], found {list(x.shape)}")
+    if residual is not None:
+        _check_dense("residual", residual, (rows, layer.out_features))
     out = torch.empty(rows, layer.out_features) if residual is None else residual
     _C.linear(
         _tensors.view(x),
@@ -149,6 +160,12 @@ def gated_mlp(
     """Add ``down(act(g) * u)``, where ``g, u = gate_up(norm(x))``, to `residual` in place.
 
     Both `x` and `residual` are float32 ``[M, H]`` and dense, and may be the same tensor."""
+    shape = x.shape[0], gate_up.in_features
+    _check_dense("x", x, shape)
+    _check_dense("residual", residual, shape)
+    if gate_up.out_features != 2 * down.in_features or down.out_features != shape[1]:
+        found = gate_up.in_features, gate_up.out_features, down.in_features, down.out_features
+        raise ValueError(f"gate_up, down: expected [2 I, H] and [H, I], found sizes {found}")
     _C.gated_mlp(
         x.data_ptr(),
         x.shape[0],

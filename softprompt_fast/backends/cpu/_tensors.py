@@ -35,6 +35,11 @@ def refusals(*tensors: Tensor | None) -> list[str]:
     return why
 
 
+def describe(x: Tensor) -> str:
+    """Dtype, shape and device, for an error message."""
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
 def view(x: Tensor) -> tuple[int, ...]:
     """Pointer, dtype code and strides."""
     return (x.data_ptr(), CODES[x.dtype], *x.stride())
