@@ -14,7 +14,8 @@ namespace softprompt_fast {
 namespace {
 
 constexpr int64_t kMaxBlock = 96;  // queries: their scores, states and a key block fit the L2 cache
-constexpr int64_t kMinBlock = 48;  // below, reading the keys once a block would show
+constexpr int64_t kQueryWork = 32;  // reading and writing a query costs what so many keys do
+constexpr int64_t kMinBlock = 48;   // below, reading the keys once a block would show
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -120,7 +121,8 @@ void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, 
   place_rows(op, rows, placed);
 
   // The work decides whether a second thread is worth waking: not for less than some 10 us.
-  const double work = 1.0 * op.batch * op.q_heads * op.queries * (placed.longest + op.own) *
+  const double work = 1.0 * op.batch * op.q_heads * op.queries *
+                      (kQueryWork + placed.longest + op.own) *
                       static_cast<double>(op.head_dim + op.v_dim);
   if (work < 1 << 19) threads = 1;
   const int64_t per_row = op.queries * op.groups;

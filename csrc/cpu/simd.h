@@ -205,6 +205,18 @@ struct Int8 {
 // A vector whose first `count` lanes come from p, which ends there; the others are 0.
 template <typename Storage>
 SOFTPROMPT_FAST_INLINE Vec load_some(const typename Storage::Element* p, int64_t count) {
+#if SOFTPROMPT_FAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(typename Storage::Element) == 4) {
+    // Heads of 72, 88, ... end so: one load, where that of the stores below would stall.
+    if (count == 8) {
+      typedef float Half __attribute__((vector_size(32)));
+      typedef float LooseHalf __attribute__((vector_size(32), aligned(4), may_alias));
+      const Half low = *reinterpret_cast<const LooseHalf*>(p);
+      return __builtin_shufflevector(low, Half{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                     15);
+    }
+  }
+#endif
   typename Storage::Element padded[W] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return Storage::load(padded);

@@ -26,11 +26,13 @@ def refusals(*tensors: Tensor | None) -> list[str]:
     """Why the extension cannot read these tensors; empty when it can."""
     why = []
     for x in tensors:
-        if x is not None and x.device.type != "cpu":
+        if x is None:
+            continue
+        if not x.is_cpu:
             return [f"it runs on the CPU, found a tensor on {x.device}"]
-        if x is not None and x.layout != torch.strided:
+        if x.layout is not torch.strided:
             return [f"it takes strided tensors, found {str(x.layout).removeprefix('torch.')}"]
-        if x is not None and x.dtype not in CODES:
+        if x.dtype not in CODES:
             why = [f"it takes float32, bfloat16 and float16, found {str(x.dtype).removeprefix('torch.')}"]
     return why
 

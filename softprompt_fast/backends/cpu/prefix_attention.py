@@ -45,8 +45,9 @@ def forward(
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
     packed = prefix_key.shape[1]
-    out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
-    lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
+    strides = (queries * q_heads * v_dim, v_dim, q_heads * v_dim, 1)  # [B, S, Hq, Dv] memory
+    out = torch.empty_strided((batch, q_heads, queries, v_dim), strides, dtype=query.dtype)
+    lse = torch.empty((batch, q_heads, queries), dtype=torch.float32)
     rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
     sinks = _tensors.as_float(sinks)
     key_scale, value_scale = _tensors.dense(prefix_key_scale), _tensors.dense(prefix_value_scale)
