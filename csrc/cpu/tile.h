@@ -106,27 +106,42 @@ void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // C[rows, columns] = (keep ? C : 0) + A B, with columns a multiple of W. A: see tile; B and C have
 // dense rows. The columns of B that one tile uses stay in the first cache while all rows pass.
 SOFTPROMPT_FAST_INLINE void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                    int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
                                    float* c, int64_t c_row, bool keep,
                                    const float* fade = nullptr) {
-  int64_t at = 0;
-  for (; at + kTileVectors * W <= columns; at += kTileVectors * W) {
-    tile_column<kTileVectors, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row,
-                                       keep, fade ? fade + at : nullptr);
-  }
-  if constexpr (kTileVectors > 2) {
-    if (at + 2 * W <= columns) {
-      tile_column<2, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
-                              fade ? fade + at : nullptr);
-      at += 2 * W;
+  const auto pass = [&](auto vectors, int64_t at) {
+    tile_column<decltype(vectors)::value, Float32>(rows, depth, a, a_row, a_col, b + at, b_row,
+                                                   c + at, c_row, keep, fade ? fade + at : nullptr);
+  };
+  // Never a single vector where it can be avoided: its few sums wait for one another. So 5 are
+  // 3 + 2, 6 are 3 + 3, 7 are 4 + 3, and 9 are 4 + 3 + 2.
+  for (int64_t at = 0, left = columns / W; left > 0;) {
+    int64_t taken = left < kTileVectors ? left : kTileVectors;
+    if (kTileVectors == 4 && (left == 5 || left == 6)) taken = 3;
+    switch (taken) {
+      case 4:
+        if constexpr (kTileVectors >= 4) pass(Count<4>(), at);
+        break;
+      case 3:
+        if constexpr (kTileVectors >= 3) pass(Count<3>(), at);
+        break;
+      case 2:
+        pass(Count<2>(), at);
+        break;
+      case 1:
+        pass(Count<1>(), at);
+        break;
     }
-  }
-  if (at < columns) {
-    tile_column<1, Float32>(rows, depth, a, a_row, a_col, b + at, b_row, c + at, c_row, keep,
-                            fade ? fade + at : nullptr);
+    at += taken * W;
+    left -= taken;
   }
 }
 
