@@ -101,7 +101,7 @@ struct PrefixAttentionPlan {
 // a key/value head over all rows of the largest prefix group; `per_row`: of one row; `keys`: the
 // most keys a query sees. Example: 32 rows of one query in 3 groups, 3 heads, 544 keys, 2 threads:
 // blocks of 48 (6 tasks, an even load), not split. One row of 4 groups, 8 heads, 4096 keys, 16
-// threads: blocks of 4, keys in 6 runs.
+// threads: blocks of 4, keys in 8 runs (64 tasks).
 PrefixAttentionPlan plan_prefix_attention(int64_t stacked, int64_t per_row, int64_t kv_heads,
                                           int64_t keys, int threads);
 

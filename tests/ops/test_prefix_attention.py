@@ -541,6 +541,32 @@ def test_scratch_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [
+        ((96, 3, 3, 544, 2), (48, 1)),  # 3 heads on 2 threads: two blocks a head
+        ((96, 3, 3, 544, 1), (96, 1)),
+        ((4, 4, 8, 4096, 16), (4, 8)),  # one row: its keys are split
+        ((4096, 512, 8, 640, 2), (96, 1)),  # blocks end with their rows
+        ((3, 3, 1, 64, 2), (3, 1)),  # too few keys to split
+    ],
+)
+def test_forward_plan(shape: tuple[int, int, int, int, int], plan: tuple[int, int]) -> None:
+    assert EXTENSION.plan_prefix_attention(*shape) == plan
+
+
+@needs_extension
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 40), st.integers(0, 9000), st.integers(1, 64))
+def test_forward_plan_is_sound(rows: int, per_row: int, kv_heads: int, keys: int, threads: int) -> None:
+    block, splits = EXTENSION.plan_prefix_attention(rows * per_row, per_row, kv_heads, keys, threads)
+    assert block >= 1 and (per_row > 96 or block % per_row == 0)
+    assert block <= 96 + per_row if per_row <= 96 else block <= 96
+    assert 1 <= splits <= max(1, keys // 128)
+    assert threads > 1 or splits == 1
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
         ((8, 512, 8, 2), (96, 8, 0)),  # an even load as it is
         ((8, 512, 3, 2), (96, 4, 0)),  # 3 heads on 2 threads: 6 chunks
         ((1, 512, 1, 2), (96, 1, 3)),  # one row: cut between its 6 blocks

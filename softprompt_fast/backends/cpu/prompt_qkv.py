@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends.cpu import _tensors
+from softprompt_fast.backends.cpu import _tensors, prompt_concat
 from softprompt_fast.backends.cpu._linear import Norm, PackedLinear, packed
-from softprompt_fast.backends.torch import prompt_concat
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
 _C = _tensors.extension()
