@@ -35,11 +35,12 @@ def norms(width: int) -> list[Norm]:
     return [Norm("rms", weight), Norm("rms", weight, offset=1.0, eps=1e-5), Norm("layer", weight, bias), Norm("layer")]
 
 
-def exact_norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    weight = None if norm.weight is None else norm.weight.double() + norm.offset
+def apply_norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """In PyTorch, in x's dtype."""
+    weight = None if norm.weight is None else norm.weight.to(x.dtype) + norm.offset
     if norm.kind == "rms":
         return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], weight, None if norm.bias is None else norm.bias.double(), norm.eps)
+    return F.layer_norm(x, x.shape[-1:], weight, None if norm.bias is None else norm.bias.to(x.dtype), norm.eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,8 +54,8 @@ def test_linear(rows: int, width: int, columns: int, dtype: torch.dtype) -> None
     stacked = torch.cat(weights)
     exact_bias = F.pad(bias, (0, 5))
     for norm in (None, *norms(width)):
-        exact = x.double() if norm is None else exact_norm(norm, x.double())
-        plain = x if norm is None else norm(x)
+        exact = x.double() if norm is None else apply_norm(norm, x.double())
+        plain = x if norm is None else apply_norm(norm, x)
         oracle = F.linear(exact, stacked.double(), exact_bias.double())
         baseline = F.linear(plain, stacked.float(), exact_bias)
         with poisoned_memory():
@@ -80,10 +81,10 @@ def test_gated_mlp(rows: int, width: int, inner: int, activation: str, dtype: to
         inside = act(normed @ gate.to(dtype).T) * F.linear(normed, up.to(dtype), bias.to(dtype))
         return x + F.linear(inside, down.to(dtype), torch.ones(width, dtype=dtype))
 
-    oracle = expected(x.double(), exact_norm(norm, x.double()), torch.float64)
+    oracle = expected(x.double(), apply_norm(norm, x.double()), torch.float64)
     found = x.clone()
     assert gated_mlp(found, norm, *layers, activation, found) is found
-    assert_within_noise(found, oracle, expected(x, norm(x), torch.float32), activation)
+    assert_within_noise(found, oracle, expected(x, apply_norm(norm, x), torch.float32), activation)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -116,18 +117,18 @@ def test_into_cache(batch: int, queries: int, head_dim: int, rotated: int, head_
             other = torch.cat([-part[..., rotated // 2 :], part[..., : rotated // 2]], -1)
         return torch.cat([part * cos[:, None].to(x.dtype) + other * sin[:, None].to(x.dtype), rest], -1)
 
-    def expected(normed: torch.Tensor, norm_head) -> list[torch.Tensor]:
+    def expected(normed: torch.Tensor) -> list[torch.Tensor]:
         heads = []
         for place, weight in enumerate(weights):
             bias = None if place else layer.bias[: weight.shape[0]].to(normed.dtype)
             head = F.linear(normed, weight.to(normed.dtype), bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
             if place < 2:
-                head = turned(head if of_head[place] is None else norm_head(of_head[place], head))
+                head = turned(head if of_head[place] is None else apply_norm(of_head[place], head))
             heads.append(head)
         return heads
 
-    oracle = expected(exact_norm(before, x.double()), exact_norm)
-    baseline = expected(before(x), lambda norm, head: norm(head))
+    oracle = expected(apply_norm(before, x.double()))
+    baseline = expected(apply_norm(before, x))
     for found, y, z in zip((query, *views), oracle, baseline, strict=True):
         assert_within_noise(found, y, z)
 

@@ -13,7 +13,6 @@ namespace SOFTPROMPT_FAST_ISA {
 
 const Kernels kKernels = {
     SOFTPROMPT_FAST_ISA_NAME,
-    W,
     prefix_attention,
     prefix_attention_merge,
     prefix_attention_backward,

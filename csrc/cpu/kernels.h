@@ -37,7 +37,6 @@ struct QkvLinear;
 
 struct Kernels {
   const char* isa;
-  int lanes;
   // One task of a plan (see the ops' headers); scratch is the thread's own.
   void (*prefix_attention)(const PrefixAttention& op, int64_t task, float* scratch);
   void (*prefix_attention_merge)(const PrefixAttention& op, int64_t block, float* scratch);

@@ -256,7 +256,6 @@ inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t las
   const int64_t query_row = padded(op.head_dim), state_row = partial_width(op.v_dim);
   const int64_t v_columns = round_up(op.v_dim, W), lanes = round_up(rows, W);
   Stack stack;
-  stack.rows = rows;
   stack.lanes = lanes;
   stack.query = scratch.stack;
   stack.state = stack.query + padded(op.head_dim) * lanes;

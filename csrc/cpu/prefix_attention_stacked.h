@@ -15,7 +15,7 @@ constexpr int64_t kStackedRows = W == 16 ? 10 : W == 8 ? 6 : 4;
 
 // Scratch of one stack of queries: [.., lanes] each, lanes = queries rounded up to W.
 struct Stack {
-  int64_t rows, lanes;
+  int64_t lanes;
   float* query;   // [D, lanes]
   float* scores;  // [kKeyBlock, lanes]
   float* state;   // [Dv rounded up to W, lanes]

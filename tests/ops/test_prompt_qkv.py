@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt_fast import ops
-from softprompt_fast.backends import native
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
+from tests.isas import BACKENDS, using
 
 VOCABULARY, HEAD_DIM, Q_HEADS, KV_HEADS = 11, 8, 4, 2
 NAMES = ("query", "key", "value", "residual")
@@ -41,21 +43,11 @@ CASES: dict[str, dict] = {
 }
 
 
-EXTENSION, WHY_NOT = native.load()
-ISAS = [] if EXTENSION is None else EXTENSION.available_isas()
-
-
-@pytest.fixture(params=["torch", *(f"cpu {isa}" for isa in ISAS or ["none"])])
-def backend(request: pytest.FixtureRequest):
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that there is, the C++ one once for each instruction set."""
-    name, _, isa = request.param.partition(" ")
-    if name == "cpu":
-        if EXTENSION is None:
-            pytest.skip(f"C++ extension: {WHY_NOT}")
-        EXTENSION.use_isa(isa)
-    yield name
-    if name == "cpu":
-        EXTENSION.use_isa("auto")
+    with using(request.param) as name:
+        yield name
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **change) -> dict:
@@ -293,7 +285,7 @@ def test_rows_do_not_see_each_other(backend: str) -> None:
 
 
 def test_weights_are_packed_once_and_again_when_written_to() -> None:
-    linear = pytest.importorskip("softprompt_fast.backends.cpu._linear", reason=WHY_NOT)
+    linear = pytest.importorskip("softprompt_fast.backends.cpu._linear", exc_type=ImportError)
     call = make("apart with bias, other value size")
     heads = (Q_HEADS, KV_HEADS, KV_HEADS)
     first = linear.packed(call["weight"], call["bias"], heads=heads)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -41,17 +40,6 @@ class Norm:
         self._weight, self._bias = _tensors.as_float(self.weight), _tensors.as_float(self.bias)
         pointers = (0 if x is None else x.data_ptr() for x in (self._weight, self._bias))
         self.packed = (_NORMS[self.kind], *pointers, float(self.offset), float(self.eps))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The same in PyTorch."""
-        weight = self._weight
-        if weight is not None and self.offset:
-            weight = weight + self.offset
-        if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        if self.kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], weight, self._bias, self.eps)
-        return x
 
 
 class PackedLinear:

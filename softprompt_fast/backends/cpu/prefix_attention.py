@@ -42,9 +42,8 @@ def forward(
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    batch, q_heads, queries, head_dim = query.shape
-    kv_heads, own, v_dim = value.shape[1:]
-    packed = prefix_key.shape[1]
+    batch, q_heads, queries, _ = query.shape
+    v_dim = value.shape[3]
     strides = (queries * q_heads * v_dim, v_dim, q_heads * v_dim, 1)  # [B, S, Hq, Dv] memory
     out = torch.empty_strided((batch, q_heads, queries, v_dim), strides, dtype=query.dtype)
     lse = torch.empty((batch, q_heads, queries), dtype=torch.float32)
@@ -54,31 +53,47 @@ def forward(
     scales = None
     if key_scale is not None and value_scale is not None:
         scales = (key_scale.data_ptr(), value_scale.data_ptr(), key_scale.shape[1], prefix_scale_block)
-    bias_view, bias_columns = None, 0
-    if bias is not None:
-        bias_columns = bias.shape[3] - own
-        bias_view = _tensors.view(bias.expand(batch, q_heads, queries, -1))
+    call = (query, key, value, prefix_key, prefix_value, out, lse, rows, scale, causal, sliding_window, softcap)
     _C.prefix_attention(
-        _tensors.view(query),
-        _tensors.view(key),
-        _tensors.view(value),
-        _tensors.view(prefix_key),
-        _tensors.view(prefix_value),
-        _tensors.view(out),
+        *_arguments(*call, sinks, bias),
+        scales,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: list[Tensor | None],
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Any, ...]:
+    """What the extension's forward and backward both begin with. They are pointers: the caller keeps the tensors."""
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads, own, v_dim = value.shape[1:]
+    return (
+        *(_tensors.view(x) for x in (query, key, value, prefix_key, prefix_value, out)),
         lse.data_ptr(),
-        (batch, q_heads, kv_heads, queries, own, packed, head_dim, v_dim),
+        (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim),
         tuple(_tensors.indexes(x) for x in rows),
         scale,
         causal,
         sliding_window or 0,
         softcap or 0.0,
         0 if sinks is None else sinks.data_ptr(),
-        bias_view,
-        bias_columns,
-        scales,
-        torch.get_num_threads(),
+        None if bias is None else _tensors.view(bias.expand(batch, q_heads, queries, -1)),
+        0 if bias is None else bias.shape[3] - own,
     )
-    return out, lse
 
 
 def backward(
@@ -104,7 +119,6 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     batch, q_heads, queries, head_dim = query.shape
-    kv_heads, own, v_dim = value.shape[1:]
     grad_query = query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2)
     # The kernel writes the gradients of every row's own keys, where there are rows of queries; of a pack those in use.
     grad_key, grad_value = (x.new_empty(x.shape) if lse.numel() else x.new_zeros(x.shape) for x in (key, value))
@@ -113,27 +127,9 @@ def backward(
     lse, grad_lse = lse.contiguous(), _tensors.as_float(grad_lse)
     delta = None if sinks is None else torch.empty_like(lse)
     rows = [_tensors.dense(x) for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)]
-    bias_view, bias_columns = None, 0
-    if bias is not None:
-        bias_columns = bias.shape[3] - own
-        bias_view = _tensors.view(bias.expand(batch, q_heads, queries, -1))
+    call = (query, key, value, prefix_key, prefix_value, out, lse, rows, scale, causal, sliding_window, softcap)
     _C.prefix_attention_backward(
-        _tensors.view(query),
-        _tensors.view(key),
-        _tensors.view(value),
-        _tensors.view(prefix_key),
-        _tensors.view(prefix_value),
-        _tensors.view(out),
-        lse.data_ptr(),
-        (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim),
-        tuple(_tensors.indexes(x) for x in rows),
-        scale,
-        causal,
-        sliding_window or 0,
-        softcap or 0.0,
-        0,  # the sinks are in lse
-        bias_view,
-        bias_columns,
+        *_arguments(*call, None, bias),  # the sinks are in lse
         _tensors.view(grad_out),
         0 if grad_lse is None else grad_lse.data_ptr(),
         tuple(_tensors.view(x) for x in grads),
