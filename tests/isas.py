@@ -18,7 +18,9 @@ CPU = (
     if _C is not None
     else [pytest.param(("cpu", ""), id="cpu", marks=pytest.mark.skip(f"C++ extension: {_REASON}"))]
 )
-BACKENDS = [pytest.param(("torch", ""), id="torch"), *CPU]
+# In Triton's interpreter: see conftest.py.
+TRITON = [pytest.param(("triton", ""), id="triton")]
+BACKENDS = [pytest.param(("torch", ""), id="torch"), *CPU, *TRITON]
 EVERY = [pytest.param(("reference", ""), id="reference"), *BACKENDS]
 
 
