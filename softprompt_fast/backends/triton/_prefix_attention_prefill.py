@@ -183,8 +183,8 @@ def _prefill(
         b_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + q_head).to(tl.float32) * LOG2E
         b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
 
-    # 0: both places, 1: the prefix, 2: own keys. An 8-bit prefix is another kind of memory than the own keys are: it is
-    # walked before them and not in one loop.
+    # 0: both places, 1: the prefix, 2: own keys. An 8-bit prefix is another kind of memory than the own keys are: it
+    # is walked before them and not in one loop.
     FIRST: tl.constexpr = 0 if key_scale is None else 1
     for PLACE in tl.static_range(FIRST, 2 * FIRST + 1):
         for EDGES in tl.static_range(2):
