@@ -214,107 +214,153 @@ def _decode(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    per_row = GROUPS * queries
     prefix_programs = prefix_tiles * kv_heads * prefix_splits
     if program < prefix_programs:
-        # Tiles that read the same keys stand next to one another: what one loads, the next finds in L2.
-        tile = program % prefix_tiles
-        kv_head = program // prefix_tiles % kv_heads
-        split = program // prefix_tiles // kv_heads
-        b_stack = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        b_exists = b_stack < batch * per_row
-        # Beyond the last query the last one stands again: no load needs a mask for it, and it is not written.
-        b_stack = tl.minimum(b_stack, batch * per_row - 1)
-        b_row = b_stack // per_row
-        if order is not None:
-            b_row = tl.load(order + b_row)
-        b_head, b_i = kv_head * GROUPS + b_stack % per_row // queries, b_stack % queries
-        b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
-        p_bias = None
-        if bias is not None:
-            p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i)
-        b_first, b_length = row_prefix(b_row, prefix_offsets, prefix_index, packed)
-        b_length = b_length + tl.zeros_like(b_row)
-        b_low = tl.zeros_like(b_row)
-        if WINDOW:
-            start, _, position = row_own(b_row, own_start, own_end, query_start, queries, own)
-            b_low = tl.maximum(b_low, b_length + position + b_i - start - window + 1)
-        head = kv_head.to(tl.int64)
-        p_key, p_value = prefix_key + head * prefix_key_strides[0], prefix_value + head * prefix_value_strides[0]
-        p_key_scale, p_value_scale = key_scale, value_scale
-        if key_scale is not None:
-            p_key_scale, p_value_scale = (
-                key_scale + head * key_scale_strides[0],
-                value_scale + head * value_scale_strides[0],
-            )
-        b_acc, b_top, b_sum = _empty_state(BLOCK_M, BLOCK_V)
-        if prefix_index is None:
-            first = 0
-            if prefix_offsets is not None:
-                first = tl.load(prefix_offsets).to(tl.int32)
+        _attend_prefix(
+            program, query, query_strides, prefix_key, prefix_key_strides, prefix_value, prefix_value_strides,
+            key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
+            prefix_offsets, prefix_index, order, own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides,
+            states, state_strides, partial_stride, state_lse, partials,
+            batch, kv_heads, queries, own, packed, scale, softcap, window, prefix_tiles, prefix_splits,
+            GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WINDOW, SCALE_LAST, PARTIAL, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _attend_own(
+            program - prefix_programs, query, query_strides, key, key_strides, value, value_strides,
+            own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides, bias_width,
+            states, state_strides, partial_stride, state_lse, partials,
+            kv_heads, queries, own, scale, softcap, window, prefix_splits, own_tiles, own_splits,
+            GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SCALE_LAST, PARTIAL, PRECISION, BLOCK_OWN, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_prefix(
+    program, query, query_strides, prefix_key, prefix_key_strides, prefix_value, prefix_value_strides,
+    key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
+    prefix_offsets, prefix_index, order, own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides,
+    states, state_strides, partial_stride, state_lse, partials,
+    batch, kv_heads, queries, own, packed, scale, softcap, window, prefix_tiles, prefix_splits,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    WINDOW: tl.constexpr, SCALE_LAST: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of stacked queries against a share of the prefix, or of each prefix that occurs in the tile."""
+    per_row = GROUPS * queries
+    # Tiles that read the same keys stand next to one another: what one loads, the next finds in L2.
+    tile = program % prefix_tiles
+    kv_head = program // prefix_tiles % kv_heads
+    split = program // prefix_tiles // kv_heads
+    b_stack = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_exists = b_stack < batch * per_row
+    # Beyond the last query the last one stands again: no load needs a mask for it, and it is not written.
+    b_stack = tl.minimum(b_stack, batch * per_row - 1)
+    b_row = b_stack // per_row
+    if order is not None:
+        b_row = tl.load(order + b_row)
+    b_head, b_i = kv_head * GROUPS + b_stack % per_row // queries, b_stack % queries
+    b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
+    p_bias = None
+    if bias is not None:
+        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i)
+    b_first, b_length = row_prefix(b_row, prefix_offsets, prefix_index, packed)
+    b_length = b_length + tl.zeros_like(b_row)
+    b_low = tl.zeros_like(b_row)
+    if WINDOW:
+        start, _, position = row_own(b_row, own_start, own_end, query_start, queries, own)
+        b_low = tl.maximum(b_low, b_length + position + b_i - start - window + 1)
+    head = kv_head.to(tl.int64)
+    p_key, p_value = prefix_key + head * prefix_key_strides[0], prefix_value + head * prefix_value_strides[0]
+    p_key_scale, p_value_scale = key_scale, value_scale
+    if key_scale is not None:
+        p_key_scale, p_value_scale = (
+            key_scale + head * key_scale_strides[0],
+            value_scale + head * value_scale_strides[0],
+        )
+    b_acc, b_top, b_sum = _empty_state(BLOCK_M, BLOCK_V)
+    if prefix_index is None:
+        first = 0
+        if prefix_offsets is not None:
+            first = tl.load(prefix_offsets).to(tl.int32)
+        b_acc, b_top, b_sum = _walk_share(
+            b_acc, b_top, b_sum, b_q, b_low, b_length, split, prefix_splits,
+            p_key, prefix_key_strides[1], prefix_key_strides[2],
+            p_value, prefix_value_strides[1], prefix_value_strides[2],
+            p_key_scale, key_scale_strides, p_value_scale, value_scale_strides, scale_block, first,
+            p_bias, bias_strides, scale, softcap,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, not WINDOW, SCALE_LAST, PRECISION,
+        )  # fmt: skip
+    else:
+        # A row without a prefix stands for one beyond all, which is never reached.
+        b_prefix = tl.load(prefix_index + b_row).to(tl.int32)
+        b_prefix = tl.where(b_prefix < 0, NO_PREFIX, b_prefix)
+        prefix = tl.min(b_prefix, 0)
+        while prefix < NO_PREFIX:
+            b_mine = b_prefix == prefix
+            if WINDOW:
+                b_near = tl.where(b_mine, b_low, NO_PREFIX)
+            else:
+                b_near = b_low
             b_acc, b_top, b_sum = _walk_share(
-                b_acc, b_top, b_sum, b_q, b_low, b_length, split, prefix_splits,
+                b_acc, b_top, b_sum, b_q, b_near, tl.where(b_mine, b_length, 0), split, prefix_splits,
                 p_key, prefix_key_strides[1], prefix_key_strides[2],
                 p_value, prefix_value_strides[1], prefix_value_strides[2],
-                p_key_scale, key_scale_strides, p_value_scale, value_scale_strides, scale_block, first,
+                p_key_scale, key_scale_strides, p_value_scale, value_scale_strides, scale_block,
+                tl.max(tl.where(b_mine, b_first, 0), 0),
                 p_bias, bias_strides, scale, softcap,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, not WINDOW, SCALE_LAST, PRECISION,
             )  # fmt: skip
-        else:
-            # A row without a prefix stands for one beyond all, which is never reached.
-            b_prefix = tl.load(prefix_index + b_row).to(tl.int32)
-            b_prefix = tl.where(b_prefix < 0, NO_PREFIX, b_prefix)
-            prefix = tl.min(b_prefix, 0)
-            while prefix < NO_PREFIX:
-                b_mine = b_prefix == prefix
-                b_acc, b_top, b_sum = _walk_share(
-                    b_acc, b_top, b_sum, b_q, b_low, tl.where(b_mine, b_length, 0), split, prefix_splits,
-                    p_key, prefix_key_strides[1], prefix_key_strides[2],
-                    p_value, prefix_value_strides[1], prefix_value_strides[2],
-                    p_key_scale, key_scale_strides, p_value_scale, value_scale_strides, scale_block,
-                    tl.max(tl.where(b_mine, b_first, 0), 0),
-                    p_bias, bias_strides, scale, softcap,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, not WINDOW, SCALE_LAST, PRECISION,
-                )  # fmt: skip
-                prefix = tl.min(tl.where(b_prefix > prefix, b_prefix, NO_PREFIX), 0)
-        _store_state(
-            b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
-            split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
-        )  # fmt: skip
-    else:
-        rest = program - prefix_programs
-        split = rest % own_splits
-        tile = rest // own_splits % own_tiles
-        kv_head = rest // own_splits // own_tiles % kv_heads
-        row = rest // own_splits // own_tiles // kv_heads
-        b_stack = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-        b_exists = b_stack < per_row
-        b_stack = tl.minimum(b_stack, per_row - 1)
-        b_head, b_i = kv_head * GROUPS + b_stack // queries, b_stack % queries
-        b_row = tl.zeros_like(b_i) + row
-        b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
-        p_bias = None
-        if bias is not None:
-            p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + bias_width * bias_strides[3]
-        start, end, position = row_own(row, own_start, own_end, query_start, queries, own)
-        b_low, b_high = tl.zeros_like(b_i) + start, tl.zeros_like(b_i) + end
-        if CAUSAL:
-            b_high = tl.minimum(b_high, position + b_i + 1)
-        if WINDOW:
-            b_low = tl.maximum(b_low, position + b_i - window + 1)
-        p_key = key + row.to(tl.int64) * key_strides[0] + kv_head.to(tl.int64) * key_strides[1]
-        p_value = value + row.to(tl.int64) * value_strides[0] + kv_head.to(tl.int64) * value_strides[1]
-        b_acc, b_top, b_sum = _empty_state(BLOCK_OWN, BLOCK_V)
-        b_acc, b_top, b_sum = _walk_share(
-            b_acc, b_top, b_sum, b_q, b_low, b_high, split, own_splits,
-            p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3],
-            None, None, None, None, None, 0, p_bias, bias_strides, scale, softcap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, SCALE_LAST, PRECISION,
-        )  # fmt: skip
-        _store_state(
-            b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
-            prefix_splits + split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
-        )  # fmt: skip
+            prefix = tl.min(tl.where(b_prefix > prefix, b_prefix, NO_PREFIX), 0)
+    _store_state(
+        b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
+        split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_own(
+    program, query, query_strides, key, key_strides, value, value_strides,
+    own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides, bias_width,
+    states, state_strides, partial_stride, state_lse, partials,
+    kv_heads, queries, own, scale, softcap, window, prefix_splits, own_tiles, own_splits,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SCALE_LAST: tl.constexpr, PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A row's queries of one key/value head against a share of the row's own keys."""
+    per_row = GROUPS * queries
+    split = program % own_splits
+    tile = program // own_splits % own_tiles
+    kv_head = program // own_splits // own_tiles % kv_heads
+    row = program // own_splits // own_tiles // kv_heads
+    b_stack = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    b_exists = b_stack < per_row
+    b_stack = tl.minimum(b_stack, per_row - 1)
+    b_head, b_i = kv_head * GROUPS + b_stack // queries, b_stack % queries
+    b_row = tl.zeros_like(b_i) + row
+    b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
+    p_bias = None
+    if bias is not None:
+        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + bias_width * bias_strides[3]
+    start, end, position = row_own(row, own_start, own_end, query_start, queries, own)
+    b_low, b_high = tl.zeros_like(b_i) + start, tl.zeros_like(b_i) + end
+    if CAUSAL:
+        b_high = tl.minimum(b_high, position + b_i + 1)
+    if WINDOW:
+        b_low = tl.maximum(b_low, position + b_i - window + 1)
+    p_key = key + row.to(tl.int64) * key_strides[0] + kv_head.to(tl.int64) * key_strides[1]
+    p_value = value + row.to(tl.int64) * value_strides[0] + kv_head.to(tl.int64) * value_strides[1]
+    b_acc, b_top, b_sum = _empty_state(BLOCK_OWN, BLOCK_V)
+    b_acc, b_top, b_sum = _walk_share(
+        b_acc, b_top, b_sum, b_q, b_low, b_high, split, own_splits,
+        p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3],
+        None, None, None, None, None, 0, p_bias, bias_strides, scale, softcap,
+        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, SCALE_LAST, PRECISION,
+    )  # fmt: skip
+    _store_state(
+        b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
+        prefix_splits + split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -507,8 +553,8 @@ def _combine(
     b_out = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
     for begin in range(0, partials, BLOCK_PARTIALS):
         some = begin + tl.arange(0, BLOCK_PARTIALS)[None, :]
-        b_lse = tl.load(p_lse + some, mask=b_exists[:, None] & (some < partials), other=float("-inf")) * LOG2E
-        b_weight = tl.exp2(b_lse - b_shift[:, None]) / b_norm[:, None]  # [BLOCK_ROWS, BLOCK_PARTIALS]
+        b_some = tl.load(p_lse + some, mask=b_exists[:, None] & (some < partials), other=float("-inf")) * LOG2E
+        b_weight = tl.exp2(b_some - b_shift[:, None]) / b_norm[:, None]  # [BLOCK_ROWS, BLOCK_PARTIALS]
         p_state = states + ((b_at[:, None] * partials + some) * V_DIM)[:, :, None] + dv[None, None, :]
         # Not "> 0": a NaN has to get through.
         b_state = tl.load(p_state, mask=(b_weight != 0.0)[:, :, None] & (dv < V_DIM)[None, None, :], other=0.0)
