@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test starts from: one thread, one seed, no network."""
+"""What every test starts from: one device, one thread, one seed, no network."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before a Triton kernel is defined: on the CPU they run in its interpreter.
-os.environ["TRITON_INTERPRET"] = "1"
+GPU = os.environ.get("SOFTPROMPT_FAST_TEST_DEVICE", "cpu") != "cpu"
+if GPU:
+    # Before CUDA starts: without a workspace of its own cuBLAS may sum in another order from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    # Before a Triton kernel is defined: on the CPU they run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 
+from tests.device import DEVICE
+
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
+if GPU:
+    # Before test modules are imported, which make tensors too.
+    torch.set_default_device(DEVICE)
+    # What is compared with is PyTorch at its most exact.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @pytest.fixture(autouse=True)
