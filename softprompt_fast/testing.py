@@ -25,8 +25,8 @@ def guarded(
     scale: float = 1.0,
 ) -> Tensor:
     """Normal random numbers in a view, with strides, of a buffer that holds NaN everywhere else: a read beyond the
-    view shows in the result. ``order`` lists the dimensions from outermost to innermost in memory; without a ``device``
-    it is torch's default one."""
+    view shows in the result. ``order`` lists the dimensions from outermost to innermost in memory; without a
+    ``device`` it is torch's default one."""
     order = range(len(shape)) if order is None else order
     # One more element before and behind in every dimension but the innermost, which kernels want dense.
     buffer = torch.full([shape[d] + 2 * (d != order[-1]) for d in order], float("nan"), dtype=dtype, device=device)

@@ -31,7 +31,7 @@ from torch import Tensor
 import softprompt_fast as spf
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.row_layout import RowLayout
-from tests.device import randint, seeded
+from tests.device import cpu_only, randint, seeded
 
 BERT_CLASSIFIER = ENCODERS[0]
 
@@ -387,6 +387,7 @@ def fast() -> Any:
 IDS = torch.full((2, 4), 7)
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [
