@@ -126,7 +126,7 @@ def run_tests(stage: str, files: list[str], budget: float, out: Path, args: argp
     files = [name for name in files if (ROOT / name).is_file()]
     say(f"{stage}: {len(files)} files, at most {budget:.0f} s")
     environment = {**os.environ, "SOFTPROMPT_FAST_TEST_DEVICE": args.device, "PYTHONPATH": str(ROOT)}
-    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", *files, "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -297,7 +297,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="these benchmarks, and no tests")
     parser.add_argument("--skip", nargs="+", choices=("build", "tests", "benchmarks"), default=[])
     parser.add_argument("--tests", help="pytest's -k")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 2)))
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     parser.add_argument("--measure", nargs="+", choices=GROUPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
