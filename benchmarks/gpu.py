@@ -269,14 +269,19 @@ def report(out: Path, tests: list[dict[str, Any]], ended: dict[str, str], build:
         if len(stage["failures"]) > 25:
             print(f"  ... and {len(stage['failures']) - 25} more in gpu-tests.json")
     print("== benchmarks")
+    untimed = []
     for path in sorted(out.glob("gpu-*.json")):
         if path.name != "gpu-tests.json":
             for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
                 print(shown_row(row))
+                untimed += [row["case"]] if "ours" in row["not_timed"] else []
     for group, how in ended.items():
         if how != "ran":
             print(f"{group}: {how}")
+    for case in untimed:
+        print(f"WRONG or without a result: {case}")
     well = all(stage["status"] == 0 for stage in tests) and all(how == "ran" for how in ended.values())
+    well = well and not untimed
     print(f"== {'all ran well' if well else 'NOT all ran well'}, {time.perf_counter() - STARTED:.0f} s")
     return well
 
