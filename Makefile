@@ -8,6 +8,7 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SANITIZE_ARGS ?=
+GPU_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -18,7 +19,7 @@ BUILD := $(VENV)/.stamp-build
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test lint format native sanitize clean
+.PHONY: help install assets demo test lint format native sanitize gpu clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
@@ -27,6 +28,7 @@ help:
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
 	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
+	@echo "make gpu      build, test and measure on a GPU, with the packages that PYTHON has (9 minutes at most)"
 	@echo "make clean    remove what the targets above made"
 
 $(PY):
@@ -80,6 +82,10 @@ native: $(DEPS)
 # The extension goes to build/sanitize; the installed one stays. SANITIZE_ARGS: pytest's, instead of all tests.
 sanitize: install
 	$(PY) tests/sanitize.py $(SANITIZE_ARGS)
+
+# With PYTHON and what it finds, no environment of its own: such machines have no network. GPU_ARGS: see --help.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -8,6 +8,7 @@ the median of the ratios of single rounds, and its spread runs from their 20th t
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -126,6 +127,26 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def gpu() -> dict[str, Any] | None:
+    """The GPU that torch would use, and its driver."""
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        driver = ""
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "processors": facts.multi_processor_count,
+        "memory": facts.total_memory,
+        "driver": driver.strip() or None,
+        "cuda": torch.version.cuda,
+    }
+
+
 def setting() -> dict[str, Any]:
     """Where, with what and how a result was obtained."""
     facts = info.collect()
@@ -136,13 +157,15 @@ def setting() -> dict[str, Any]:
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     script = Path(sys.argv[0])
     return {
+        "gpu": gpu(),
         "cpu": cpu_name(),
         "isa": None if extension is None else extension.isa(),
         "threads": torch.get_num_threads(),
         "torch_capability": facts["torch"]["cpu_capability"],
         "extension": facts["extension"],
         "packages": {name: version for name, version in facts["packages"].items() if version},
-        "commit": done.stdout.strip() or None,
+        # A copy of the tree without its history: whoever copied it may say which commit it is.
+        "commit": done.stdout.strip() or os.environ.get("SOFTPROMPT_FAST_COMMIT"),
         "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *arguments]),
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -63,8 +64,8 @@ def forward(
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     batch, length = given.shape[:2]
-    start = torch.zeros(batch, dtype=torch.long) if own_start is None else own_start.long().cpu()
-    end = torch.full((batch,), length) if own_end is None else own_end.long().cpu()
+    start = torch.zeros(batch, dtype=torch.long, device="cpu") if own_start is None else own_start.long().cpu()
+    end = torch.full((batch,), length, device="cpu") if own_end is None else own_end.long().cpu()
     groups = _groups(packed, index, batch)
     whole = len(groups) == 1 and own_start is None and own_end is None
     name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -92,13 +93,13 @@ def forward(
     for place, rows in groups.items():
         widths = (end[rows] - start[rows]).clamp(min=0)
         longest = max(int(widths.max()), 1)
-        column = torch.arange(longest)
+        column = torch.arange(longest, device="cpu")
         source = (start[rows][:, None] + column).clamp(max=length - 1)
         real = column < widths[:, None]
         tokens = given[rows[:, None].to(given.device), source.to(given.device)]
         prefix = expanded_cache(packed, place, len(rows), base.dtype)
         past = prefix.get_seq_length()
-        mask = torch.cat([torch.ones(len(rows), past, dtype=torch.long), real.long()], dim=1).to(given.device)
+        mask = pad(real.long(), (past, 0), value=1).to(given.device)
         out = base(
             **{name: tokens},
             attention_mask=mask,
@@ -199,13 +200,13 @@ def generate(
             for r in range(returned):
                 new_tokens[row * returned + r] = sequences[i * returned + r, own:]
 
-    pad = config.pad_token_id if config.pad_token_id is not None else base.generation_config.pad_token_id
-    if pad is None:
+    fill = config.pad_token_id if config.pad_token_id is not None else base.generation_config.pad_token_id
+    if fill is None:
         eos = config.eos_token_id
-        pad = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+        fill = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
     found = [tokens for tokens in new_tokens if tokens is not None]
     width = max(len(tokens) for tokens in found)
-    out = input_ids.new_full((batch * returned, width), pad)
+    out = input_ids.new_full((batch * returned, width), fill)
     for row, tokens in enumerate(found):
         out[row, : len(tokens)] = tokens
     return torch.cat([input_ids.repeat_interleave(returned, dim=0), out], dim=1)
@@ -226,8 +227,8 @@ def expanded_cache(
 def _groups(packed: Packed | None, index: Tensor | None, batch: int) -> dict[int, Tensor]:
     """Row numbers by the prefix they use, -1 for none."""
     if packed is None:
-        return {-1: torch.arange(batch)}
+        return {-1: torch.arange(batch, device="cpu")}
     if index is None:
-        return {0: torch.arange(batch)}
+        return {0: torch.arange(batch, device="cpu")}
     places = index.cpu()
     return {int(place): (places == place).nonzero()[:, 0] for place in places.unique()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -919,6 +919,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def can_generate(self) -> bool:
         return True
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Any:
+        """What ``generate`` runs its decode steps with on a GPU, where the cache is static. The base's own method,
+        which would be found otherwise, compiles the base alone: it knows no prompt."""
+        config = compile_config or CompileConfig()
+        known = self.__dict__.get("_compiled_step")
+        if known is None or known[0] != config:
+            known = self.__dict__["_compiled_step"] = (config, torch.compile(self.__call__, **config.to_dict()))
+        return known[1]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

@@ -21,11 +21,12 @@ def guarded(
     dtype: torch.dtype = torch.float32,
     *,
     order: Sequence[int] | None = None,
-    device: str = "cpu",
+    device: torch.device | str | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Normal random numbers in a view, with strides, of a buffer that holds NaN everywhere else: a read beyond the
-    view shows in the result. ``order`` lists the dimensions from outermost to innermost in memory."""
+    view shows in the result. ``order`` lists the dimensions from outermost to innermost in memory; without a
+    ``device`` it is torch's default one."""
     order = range(len(shape)) if order is None else order
     # One more element before and behind in every dimension but the innermost, which kernels want dense.
     buffer = torch.full([shape[d] + 2 * (d != order[-1]) for d in order], float("nan"), dtype=dtype, device=device)
@@ -126,7 +127,7 @@ class AttentionInputs:
         batch, _, queries, _ = self.query.shape
         own = self.key.shape[2]
         o = self.options
-        position = _values(o.get("query_start"), batch, own - queries)[:, None] + torch.arange(queries)
+        position = _values(o.get("query_start"), batch, own - queries)[:, None] + torch.arange(queries, device="cpu")
         start, end = _values(o.get("own_start"), batch, 0), _values(o.get("own_end"), batch, own)
         real = (position >= start[:, None]) & (position < end[:, None])
         return real[:, None, :, None].to(self.query.device)
@@ -142,7 +143,7 @@ class AttentionInputs:
         key = torch.cat([prefix_key, self.key], 2).repeat_interleave(groups, 1)
         value = torch.cat([prefix_value, self.value], 2).repeat_interleave(groups, 1)
         scale = o.get("scale") or head_dim**-0.5
-        mask = torch.zeros(hidden.shape, dtype=self.query.dtype).masked_fill(hidden, float("-inf"))[:, None]
+        mask = hidden.new_zeros(hidden.shape, dtype=self.query.dtype).masked_fill(hidden, float("-inf"))[:, None]
         if o.get("bias") is not None:
             mask = mask + o["bias"]
         scores = self.query @ key.transpose(-1, -2) * scale
@@ -153,9 +154,17 @@ class AttentionInputs:
             sink = o["sinks"].to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sink], -1)
         lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)
-        if o.get("softcap") is None and o.get("sinks") is None:
+        if o.get("softcap") is None and o.get("sinks") is None and _fused_attention_serves(self.query, value, mask):
             return F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=scale), lse
         return torch.softmax(scores, -1)[..., : key.shape[2]].nan_to_num(0.0) @ value, lse
+
+
+def _fused_attention_serves(query: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether PyTorch's kernels behind scaled_dot_product_attention are a baseline: on a CPU always. On a GPU heads of
+    other sizes go to an implementation in float32, and a query that sees nothing may get NaN."""
+    if query.device.type == "cpu":
+        return True
+    return query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0 and not bool(torch.isneginf(mask).all(-1).any())
 
 
 def attention_inputs(
@@ -168,7 +177,7 @@ def attention_inputs(
     v_dim: int | None = None,
     prefix: int = 6,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> AttentionInputs:
     """Random inputs of ``prefix_attention``, laid out as transformers hands them over: views of ``[B, S, H, D]``
@@ -205,7 +214,7 @@ def visible(inputs: AttentionInputs) -> Tensor:
     starts, ends = _values(o.get("own_start"), batch, 0).tolist(), _values(o.get("own_end"), batch, own).tolist()
     firsts = _values(o.get("query_start"), batch, own - queries).tolist()
     lengths = [stop - start for start, stop in _prefix_ranges(inputs)]
-    seen = torch.zeros(batch, queries, columns + own, dtype=torch.bool)
+    seen = torch.zeros(batch, queries, columns + own, dtype=torch.bool, device="cpu")
     for b in range(batch):
         for i in range(queries):
             position = firsts[b] + i
@@ -231,7 +240,7 @@ def rows_of(inputs: AttentionInputs, rows: Sequence[int]) -> AttentionInputs:
 
 
 def _values(index: Tensor | None, batch: int, default: int) -> Tensor:
-    return torch.full((batch,), default) if index is None else index.to("cpu", torch.int64)
+    return torch.full((batch,), default, device="cpu") if index is None else index.to("cpu", torch.int64)
 
 
 def _prefix_ranges(inputs: AttentionInputs) -> list[tuple[int, int]]:

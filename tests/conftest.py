@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test starts from: one thread, one seed, no network."""
+"""What every test starts from: one device, one thread, one seed, no network."""
 
 from __future__ import annotations
 
@@ -7,17 +7,40 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before a Triton kernel is defined: on the CPU they run in its interpreter.
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("SOFTPROMPT_FAST_TEST_DEVICE", "cpu") == "cpu":
+    # Before a Triton kernel is defined: on the CPU they run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+# Before CUDA starts: without a workspace of its own cuBLAS may sum in another order from call to call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 
-from tests.interpreter import round_like_a_gpu
+from tests.device import DEVICE, ON_GPU
+from tests.interpreter import loop_to_a_tensor, round_like_a_gpu
 
-round_like_a_gpu()
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
+if not ON_GPU:
+    round_like_a_gpu()
+    loop_to_a_tensor()
+else:
+    # Before test modules are imported, which make tensors too.
+    torch.set_default_device(DEVICE)
+    # What is compared with is PyTorch at its most exact.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@pytest.fixture(autouse=ON_GPU)
+def _steps_are_not_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU transformers compiles the decode steps of a static cache, half a minute a model: two files have it."""
+    from transformers import GenerationMixin
+
+    if request.module.__name__.rpartition(".")[2] not in ("test_gpu", "test_compile"):
+        monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda *args: False)
 
 
 @pytest.fixture(autouse=True)

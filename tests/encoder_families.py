@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.device import randint, seeded
+
 VOCAB = 67
 VIRTUAL = 3
 PAD = 1
@@ -157,8 +159,8 @@ def with_adapter(base: transformers.PreTrainedModel, family: Family, method: str
 
 def ragged_rows(batch: int, longest: int = 7, seed: int = 2) -> list[Tensor]:
     """`batch` rows of different lengths, longest first, that hold neither the pad nor the end token."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(5, VOCAB, (longest - 2 * i,), generator=generator) for i in range(batch)]
+    generator = seeded(seed)
+    return [randint(5, VOCAB, (longest - 2 * i,), generator=generator) for i in range(batch)]
 
 
 def stack(rows: list[Tensor], side: str, fill: int = PAD) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,8 @@ from peft import (
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.device import randn, seeded
+
 VOCAB_SIZE = 101
 HIDDEN_SIZE = 32
 NUM_VIRTUAL_TOKENS = 5
@@ -363,14 +365,14 @@ def randomise(module: PreTrainedModel, seed: int) -> None:
     (norm weights, biases, sinks) move away from their constants by a third. Embeddings are normal too, but small where
     they double as the output layer: greedy text would only repeat its last token else.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     embeddings = module.get_input_embeddings()
     tied = module.get_output_embeddings().weight is embeddings.weight
     embedding_std = 0.5 / max(2.0, getattr(embeddings, "scalar_embed_scale", 1.0)) if tied else 1.0
     tables = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = randn(parameter.shape, generator=generator)
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(noise / 3)
             else:
@@ -426,7 +428,7 @@ def make_peft(family: Family, method: str) -> PeftModel:
 
 def randomise_prompt(peft_model: PeftModel, seed: int) -> None:
     """Seeded prompt values as large as the model's own embeddings (a prefix: keys and values of order one)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     is_prefix = peft_model.active_peft_config.peft_type.value in {"PREFIX_TUNING", "CARTRIDGE"}
     with torch.no_grad():
@@ -434,7 +436,7 @@ def randomise_prompt(peft_model: PeftModel, seed: int) -> None:
         for name, parameter in encoder.named_parameters():
             if name == "embedding.weight" and hasattr(encoder, "delta_embedding"):
                 continue  # CPT: these are the tokens' own embeddings
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = randn(parameter.shape, generator=generator)
             if name == "delta_embedding.weight":
                 # Norms from well inside the projection's balls to well outside.
                 noise *= torch.linspace(0.1, 2.0, NUM_VIRTUAL_TOKENS).flip(0)[:, None]

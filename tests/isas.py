@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backends the tests of an op go through: plain PyTorch, and the C++ kernels of every instruction set that this
-processor runs."""
+"""Which backends the tests of an op go through: plain PyTorch, Triton, and on a CPU the C++ kernels of every
+instruction set that this processor runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from contextlib import contextmanager
 import pytest
 
 from softprompt_fast.backends import native
+from tests.device import ON_GPU
 
 _C, _REASON = native.load()
+_WHY_NOT = "the C++ kernels run on the CPU" if ON_GPU else None if _C is not None else f"C++ extension: {_REASON}"
 
+needs_extension = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 CPU = (
     [pytest.param(("cpu", isa), id=f"cpu-{isa}") for isa in _C.available_isas()]
-    if _C is not None
-    else [pytest.param(("cpu", ""), id="cpu", marks=pytest.mark.skip(f"C++ extension: {_REASON}"))]
+    if _WHY_NOT is None
+    else [pytest.param(("cpu", ""), id="cpu", marks=needs_extension)]
 )
-# In Triton's interpreter: see conftest.py.
+# On the CPU in Triton's interpreter: see conftest.py.
 TRITON = [pytest.param(("triton", ""), id="triton")]
 BACKENDS = [pytest.param(("torch", ""), id="torch"), *CPU, *TRITON]
 EVERY = [pytest.param(("reference", ""), id="reference"), *BACKENDS]

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from softprompt_fast import SoftPrompt, SoftPromptModel
+from tests.device import randint, randn, seeded
 
 VOCAB_SIZE = 61
 MAX_POSITIONS = 96
@@ -94,11 +95,11 @@ def _base(family: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(family.encode()))
         base = AutoModelForCausalLM.from_config(_CONFIGS[family](), attn_implementation=attention)
-    generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
+    generator = seeded(zlib.crc32(family.encode()))
     embeddings = base.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in base.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.add_(noise / 3)
             elif parameter is embeddings:
@@ -109,7 +110,7 @@ def _base(family: str) -> PreTrainedModel:
 
 
 def make_base(family: str = "llama") -> PreTrainedModel:
-    """A fresh copy: eval mode, fp32, CPU; the same weights at every call."""
+    """A fresh copy: eval mode, fp32, on the device of the tests; the same weights at every call."""
     return copy.deepcopy(_base(family))
 
 
@@ -124,12 +125,12 @@ def make_prompt(
     else:
         options = {"num_virtual_tokens": length} | options
     prompt = SoftPrompt.for_model(method, base, **options)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     size = base.get_input_embeddings().weight.std().item() if prompt.kind == "embedding" else 1.0
     with torch.no_grad():
         for name, parameter in prompt.named_parameters():
             if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = randn(parameter.shape, generator=generator)
                 parameter.copy_(noise if name.startswith("prefix_task") else noise * size)
     return prompt
 
@@ -147,8 +148,8 @@ def make_model(family: str = "llama", prompts: dict[str, SoftPrompt] | None = No
 
 def make_rows(lengths: Sequence[int], seed: int = 3) -> list[Tensor]:
     """Own tokens of each row, ``[S]`` each."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator) for length in lengths]
+    generator = seeded(seed)
+    return [randint(0, VOCAB_SIZE, (length,), generator=generator) for length in lengths]
 
 
 def pad_rows(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tests.device import randint, seeded
 from tests.families import FAMILIES, NUM_TASKS, NUM_VIRTUAL_TOKENS, PREFIX_METHODS, VOCAB_SIZE, make_peft
 
 IGNORED = -100
@@ -51,8 +52,8 @@ def make_rows(lengths: tuple[int, ...]) -> tuple[Row, ...]:
     """Seeded rows. The first token's label counts in row 0 (the prompt predicts it) but not in row 1."""
     rows = []
     for index, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(100 + index)
-        ids = torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist()
+        generator = seeded(100 + index)
+        ids = randint(2, VOCAB_SIZE, (length,), generator=generator).tolist()
         labels = list(ids)
         if index == 1 and length > 1:
             labels[0] = IGNORED
@@ -109,8 +110,8 @@ def make_batch(case: Case) -> Batch:
     Padded batches are two tokens wider than their longest row, so that a batch of one is padded as well.
     """
     width = max(map(len, case.rows)) + (0 if case.padding == "none" else 2)
-    generator = torch.Generator().manual_seed(width)
-    input_ids = torch.randint(2, VOCAB_SIZE, (len(case.rows), width), generator=generator)
+    generator = seeded(width)
+    input_ids = randint(2, VOCAB_SIZE, (len(case.rows), width), generator=generator)
     labels = torch.full_like(input_ids, IGNORED)
     mask = torch.zeros_like(input_ids)
     slices = []

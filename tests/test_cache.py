@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from softprompt_fast import SoftPromptModel
 from softprompt_fast.cache import GrowingLayer, OwnTokenCache, adopt, drop_first_token, make_static_cache
+from tests.device import cpu_only
 
 ROWS = make_rows([4, 7, 1])
 NAMES = ["a", None, "b"]
@@ -344,6 +345,7 @@ def test_text_that_is_all_cached_is_refused(model: SoftPromptModel) -> None:
             model.generate(ids, prompt="a", past_key_values=cache, max_new_tokens=2)
 
 
+@cpu_only
 def test_a_full_static_cache_says_so(model: SoftPromptModel) -> None:
     cache = make_static_cache(2, 8)
     model(ROWS[1][None], prompt="a", past_key_values=cache)

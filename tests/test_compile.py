@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import assert_same_logits, make_base, make_model, make_prompt, make_rows, pad_rows, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig
 
 from softprompt_fast import SoftPromptModel
 
@@ -79,6 +80,18 @@ def test_generate_with_a_compiled_forward(cache: str) -> None:
     expected = model.generate(ids, **options)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generate_compiles_this_model_and_not_its_base(family: str) -> None:
+    """On a GPU transformers compiles the decode steps of a static cache by itself; asked to, on a CPU as well."""
+    model = make_model(family)
+    ids, mask = pad_rows(make_rows([4, 7]), "left")
+    options = {"attention_mask": mask, "prompt": ["a", None], "max_new_tokens": 6, "cache_implementation": "static"}
+    expected = model.generate(ids, disable_compile=True, **options)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(ids, compile_config=config, **options), expected)
 
 
 def test_training() -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 import softprompt_fast as spf
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.row_layout import RowLayout
+from tests.device import cpu_only, randint, seeded
 
 BERT_CLASSIFIER = ENCODERS[0]
 
@@ -53,14 +54,14 @@ def row_alone(model: peft.PeftModel, row: Tensor, method: str, task: int, **labe
 
 def labels_of(task: str, rows: list[Tensor]) -> list[dict[str, Tensor]]:
     """Random labels of each row, in own positions."""
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     if task == "SEQ_CLS":
-        return [{"labels": torch.randint(0, 3, (1,), generator=generator)} for _ in rows]
+        return [{"labels": randint(0, 3, (1,), generator=generator)} for _ in rows]
     if task == "TOKEN_CLS":
-        return [{"labels": torch.randint(0, 3, (1, len(row)), generator=generator)} for row in rows]
+        return [{"labels": randint(0, 3, (1, len(row)), generator=generator)} for row in rows]
     if task == "QUESTION_ANS":
         names = ("start_positions", "end_positions")
-        return [{name: torch.randint(0, len(row), (1,), generator=generator) for name in names} for row in rows]
+        return [{name: randint(0, len(row), (1,), generator=generator) for name in names} for row in rows]
     return [{} for _ in rows]
 
 
@@ -386,6 +387,7 @@ def fast() -> Any:
 IDS = torch.full((2, 4), 7)
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [

@@ -24,13 +24,13 @@ from softprompt_fast.testing import (
     rows_of,
     visible,
 )
-from tests.isas import BACKENDS, using
+from tests.device import DEVICE, cpu_only, randn, seeded
+from tests.isas import BACKENDS, needs_extension, using
 
 # ``ops.prefix_attention`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
 
-EXTENSION, WHY_NOT = native.load()
-needs_extension = pytest.mark.skipif(EXTENSION is None, reason=f"C++ extension: {WHY_NOT}")
+EXTENSION, _ = native.load()
 NAMES = ["torch", pytest.param("cpu", marks=needs_extension)]
 
 PACKED = {"prefix": 9, "prefix_offsets": [0, 4, 4, 9], "prefix_index": [2, -1, 0]}
@@ -123,9 +123,9 @@ def run(inputs: AttentionInputs, backend: str = "torch") -> tuple[torch.Tensor, 
 
 def weights(out: torch.Tensor, lse: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Upstream gradients, in out's and lse's dtypes, zero where a query is padding or saw nothing."""
-    generator = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64) * real
-    grad_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64) * real[..., 0]
+    generator = seeded(1)
+    grad_out = randn(out.shape, generator=generator, dtype=torch.float64) * real
+    grad_lse = randn(lse.shape, generator=generator, dtype=torch.float64) * real[..., 0]
     return grad_out.to(out.dtype), grad_lse.masked_fill(torch.isneginf(lse), 0.0).to(lse.dtype)
 
 
@@ -619,7 +619,7 @@ def test_unused_lse_and_frozen_inputs() -> None:
 def test_autocast_does_not_round_inside(backend: str) -> None:
     inputs = make("softcap")
     want = run(inputs, backend)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert torch.equal(run(inputs, backend)[0], want)
 
 
@@ -782,6 +782,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"backend": "fast"}, "backend: expected 'auto' or one of .*, found 'fast'"),
     ],
 )  # fmt: skip
+@cpu_only
 @pytest.mark.parametrize("backend", [*NAMES, "reference"])
 def test_bad_input(change: dict, message: str, backend: str) -> None:
     inputs = attention_inputs()

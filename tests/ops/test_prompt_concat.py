@@ -15,6 +15,7 @@ from softprompt_fast import ops
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
+from tests.device import cpu_only
 from tests.isas import BACKENDS, CPU, EVERY, using
 
 # ``ops.prompt_concat`` is the function; this is its module.
@@ -384,6 +385,7 @@ def test_many_rows_in_16_bits_sum_in_32(backend: str) -> None:
         assert prompt.grad.eq(1000).all()
 
 
+@cpu_only  # on a GPU: an assertion in the kernel, after which the process can do no more
 @pytest.mark.parametrize("backend", EVERY, indirect=True)
 @pytest.mark.parametrize("bad", [VOCABULARY, -1, 2**40])
 def test_ids_out_of_range(bad: int, backend: str) -> None:
@@ -464,6 +466,7 @@ IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULAR
         ({"out_dtype": torch.int32}, "out_dtype: expected a floating dtype"),
     ],
 )  # fmt: skip
+@cpu_only
 @pytest.mark.parametrize("backend", EVERY, indirect=True)
 def test_bad_input(change: dict, message: str, backend: str) -> None:
     with pytest.raises(ValueError, match=message):

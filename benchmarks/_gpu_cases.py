@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of issue 4's table: what is measured on a GPU, against what, and how fast it has to be. bfloat16.
+
+``smoke`` asks for the same rows at sizes that a CPU finishes at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _gpu import Bar, Case, Row, System
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from softprompt_fast import ops
+
+DTYPE = torch.bfloat16
+OVERHEAD = 3e-6
+"""Seconds that a launch may take beside the transfer of its bytes."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an attention call; names as in the ops' contracts."""
+
+    batch: int
+    queries: int
+    own: int
+    prefix: int
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def flops(self) -> float:
+        keys = self.prefix + self.own - (self.queries - 1) / 2
+        return 4 * self.batch * self.q_heads * self.queries * keys * self.head_dim
+
+    @property
+    def moved(self) -> float:
+        """Every input read and the result written once."""
+        keys = self.kv_heads * (self.prefix + self.batch * self.own)
+        return 2 * 2 * self.head_dim * (keys + self.batch * self.q_heads * self.queries)
+
+    def __str__(self) -> str:
+        return f"B{self.batch} S{self.queries} T{self.own} P{self.prefix}"
+
+
+def randn(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(DTYPE)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, ...]:
+    """query, key, value, prefix_key and prefix_value, laid out as a model hands them over: queries as a view of
+    ``[B, S, Hq, D]``, own keys and values as the used part of a cache of twice their length."""
+    s = sizes
+    query = randn(s.batch, s.queries, s.q_heads, s.head_dim, device=device).transpose(1, 2)
+    own = [randn(s.batch, s.kv_heads, 2 * s.own, s.head_dim, device=device)[:, :, : s.own] for _ in range(2)]
+    return query, *own, *(randn(s.kv_heads, s.prefix, s.head_dim, device=device) for _ in range(2))
+
+
+def expanded(inputs: tuple[Tensor, ...], groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, and keys and values with a copy of the prefix in every row; each head ``groups`` times."""
+    query, key, value, *prefix = inputs
+    keys, values = (
+        torch.cat([p.expand(key.shape[0], -1, -1, -1), x], 2).repeat_interleave(groups, 1)
+        for p, x in zip(prefix, (key, value), strict=True)
+    )
+    return query, keys, values
+
+
+def sdpa(backend: SDPBackend | None, masked: bool) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """PyTorch's attention of the last S of the columns. cuDNN's own causal mask is that of the first S, so with
+    several queries (``masked``) it gets one as a tensor."""
+
+    def call(inputs: tuple[Tensor, ...]) -> Tensor:
+        query, key, value, *mask = inputs
+        queries, columns = query.shape[2], key.shape[2]
+        bias = mask[0] if masked else causal_lower_right(queries, columns) if queries > 1 else None
+        options: dict[str, Any] = {"attn_mask": bias, "enable_gqa": query.shape[1] != key.shape[1]}
+        if backend is None:
+            return F.scaled_dot_product_attention(query, key, value, **options)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, **options)
+
+    return call
+
+
+def with_mask(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    query, key, _ = inputs
+    queries, columns = query.shape[2], key.shape[2]
+    hidden = query.new_ones(queries, columns, dtype=torch.bool).triu(columns - queries + 1)
+    return *inputs, torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, -math.inf)[None, None]
+
+
+def cudnn_twice(inputs: tuple[Tensor, ...]) -> Tensor:
+    """cuDNN without a mask as a tensor: all queries against the prefix copies, causal against the own keys, merged."""
+    query, own, prefix = inputs
+
+    def attend(pair: tuple[Tensor, Tensor], causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, *pair, None, True, 0.0, causal)
+        return out, lse.reshape(out.shape[:3])
+
+    return ops.merge_states(*attend(prefix, False), *attend(own, True))[0]
+
+
+def flex(sizes: Sizes, device: torch.device) -> System:
+    """FlexAttention over one packed sequence: the prefix once, then every row's own keys."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled: list[Any] = []
+
+    def prepare(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        query, key, value, *prefix = inputs
+        packed = [
+            torch.cat([p, x.transpose(0, 1).flatten(1, 2)], 1)[None] for p, x in zip(prefix, (key, value), strict=True)
+        ]
+        return query.transpose(0, 1).flatten(1, 2)[None].contiguous(), *packed
+
+    def call(inputs: tuple[Tensor, ...]) -> Tensor:
+        if not compiled:  # here: what it raises is then the system's own
+            prefix, length = sizes.prefix, sizes.queries
+
+            def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                own = j - prefix
+                return (j < prefix) | ((own // length == i // length) & (own <= i))
+
+            total = sizes.batch * length
+            mask = create_block_mask(seen, None, None, total, prefix + total, device=device)
+            compiled.extend((torch.compile(flex_attention, dynamic=False), mask))
+        kernel, mask = compiled
+        out = kernel(*inputs, block_mask=mask, enable_gqa=True)
+        return out[0].unflatten(1, (sizes.batch, sizes.queries)).transpose(0, 1)
+
+    return System(call, prepare)
+
+
+def exact_rows(sizes: Sizes, rows: int = 2) -> tuple[Callable[[Any], Tensor], Callable[[Any], Any]]:
+    """The reference in float32 of the first rows, and what cuts a result down to them."""
+    rows = min(rows, sizes.batch)
+
+    def reference(inputs: tuple[Tensor, ...]) -> Tensor:
+        query, key, value, *prefix = (x.float() for x in inputs)
+        return ops.prefix_attention(query[:rows], key[:rows], value[:rows], *prefix, backend="reference")
+
+    return reference, lambda result: result[:rows]
+
+
+def attention_systems(sizes: Sizes) -> dict[str, System]:
+    """PyTorch's own over keys and values that hold the prefix for every row, as they are and repeated to all heads."""
+    groups = sizes.q_heads // sizes.kv_heads
+    masked = sizes.queries > 1
+
+    def repeated(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return expanded(inputs, groups)
+
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    systems = {
+        "flash, grouped heads": System(sdpa(flash, False), expanded),
+        "flash, all heads": System(sdpa(flash, False), repeated),
+        "cuDNN, grouped heads": System(
+            sdpa(cudnn, masked), lambda x: with_mask(expanded(x)) if masked else expanded(x)
+        ),
+    }
+    if not masked:
+        systems["efficient, all heads"] = System(sdpa(SDPBackend.EFFICIENT_ATTENTION, False), repeated)
+    return systems
+
+
+def prefill(device: torch.device, smoke: bool) -> Iterator[Case]:
+    s = Sizes(2, 8, 8, 16, 4, 2, 16) if smoke else Sizes(16, 512, 512, 512)
+    reference, compare = exact_rows(s)
+
+    def halves(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        query, key, value, *prefix = inputs
+        return query, (key, value), tuple(p.expand(s.batch, -1, -1, -1).contiguous() for p in prefix)
+
+    flash = sdpa(SDPBackend.FLASH_ATTENTION, False)
+    systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_systems(s)}
+    systems["cuDNN, twice and merged"] = System(cudnn_twice, halves)
+    systems["flash, expand and cat counted"] = System(lambda x: flash(expanded(x)))
+    systems["cuDNN, expand and cat counted"] = System(lambda x: cudnn_twice(halves(x)))
+    systems["FlexAttention, packed"] = flex(s, device)
+    if device.type == "cpu":
+        systems["SDPA"] = System(sdpa(None, True), lambda x: with_mask(expanded(x)))
+    yield Case(
+        f"prefill {s}",
+        lambda: attention_inputs(s, device),
+        systems,
+        s.flops,
+        s.moved,
+        reference,
+        compare,
+        bars=[
+            Bar("TFLOP/s", lambda row: row.case.flops / row.seconds() / 1e12, at_least=450),
+            Bar("x of flash", lambda row: row.speedup("flash, grouped", "flash, all"), at_least=1.2),
+            Bar("x of cuDNN", lambda row: row.speedup("cuDNN, grouped", "cuDNN, twice"), at_least=0.8),
+            Bar("x of the faster, expand counted", lambda row: row.speedup(*COUNTED), at_least=1.1),
+            Bar("x of FlexAttention", lambda row: row.speedup("FlexAttention"), at_least=1.0),
+        ],
+    )
+
+
+COUNTED = ("flash, expand", "cuDNN, expand")
+
+
+def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
+    for prefix, faster in ((1024, 5.0), (8192, 25.0)):
+        s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
+        reference, compare = exact_rows(s)
+        systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_systems(s)}
+        if device.type == "cpu":
+            systems["SDPA"] = System(sdpa(None, False), expanded)
+        yield Case(
+            f"decode {s}",
+            lambda s=s: attention_inputs(s, device),
+            systems,
+            s.flops,
+            s.moved,
+            reference,
+            compare,
+            bars=[
+                Bar("x of SDPA, expanded", lambda row: row.speedup(), at_least=faster),
+                Bar("times (bytes / 3.0 TB/s + 3 us)", over_floor, at_most=1.6),
+            ],
+        )
+
+
+def over_floor(row: Row) -> float:
+    return row.seconds() / (row.case.moved / 3e12 + OVERHEAD)
+
+
+def backward(device: torch.device, smoke: bool) -> Iterator[Case]:
+    s = Sizes(2, 8, 8, 16, 4, 2, 16) if smoke else Sizes(16, 512, 512, 512)
+    groups = s.q_heads // s.kv_heads
+
+    def make() -> tuple[Tensor, ...]:
+        inputs = attention_inputs(s, device)
+        return *inputs, randn(s.batch, s.queries, s.q_heads, s.head_dim, device=device).transpose(1, 2)
+
+    def recorded(forward: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Any, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            return forward(leaves), leaves, grad
+
+    def ours(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return recorded(lambda x: ops.prefix_attention(*x), inputs[:5], inputs[5])
+
+    def flash(repeats: int) -> Callable[[tuple[Tensor, ...]], tuple[Any, ...]]:
+        call = sdpa(SDPBackend.FLASH_ATTENTION if device.type == "cuda" else None, False)
+        return lambda inputs: recorded(call, expanded(inputs[:5], repeats), inputs[5])
+
+    def gradients(prepared: tuple[Any, ...]) -> list[Tensor]:
+        out, leaves, grad = prepared
+        return list(torch.autograd.grad(out, leaves, grad, retain_graph=True))
+
+    def folded(grads: list[Tensor]) -> list[Tensor]:
+        """dQ, dK and dV of own keys, of the prefix; from gradients of expanded keys and values by summing copies."""
+        if len(grads) == 5:
+            return grads
+        pairs = [g.float().unflatten(1, (s.kv_heads, -1)).sum(2).split([s.prefix, s.own], 2) for g in grads[1:]]
+        return [grads[0], *(own for _, own in pairs), *(copies.sum(0) for copies, _ in pairs)]
+
+    def reference(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        exact = tuple(x.float() for x in inputs)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            query, key, value, mask = with_mask(expanded(exact[:5], groups))
+            prepared = recorded(lambda x: F.scaled_dot_product_attention(*x, mask), (query, key, value), exact[5])
+            return folded(gradients(prepared))
+
+    def at_once(prepare: Callable[[Any], Any]) -> System:
+        # Autograd records its own streams, so no graph; a turn's launches run ahead of the device all the same.
+        return System(gradients, prepare, graph=False)
+
+    yield Case(
+        f"backward {s}",
+        make,
+        {
+            "ours": at_once(ours),
+            "flash, grouped heads": at_once(flash(1)),
+            "flash, all heads": at_once(flash(groups)),
+        },
+        2.5 * s.flops,
+        3 * s.moved,
+        reference,
+        folded,
+        tolerance=2e-2,
+        bars=[Bar("x of flash's backward", lambda row: row.speedup("flash"), at_least=1.1)],
+    )
+
+
+# -- the other ops ----------------------------------------------------------------------------------------------------
+
+
+def merge_states(device: torch.device, smoke: bool) -> Iterator[Case]:
+    shapes = [(2, 4, 3, 16)] if smoke else [(64, 32, 1, 128), (16, 32, 512, 128)]
+
+    def plain(states: tuple[Tensor, ...]) -> Tensor:
+        out_a, lse_a, out_b, lse_b = states
+        weight = torch.sigmoid(lse_a - lse_b)[..., None]
+        return (out_a * weight + out_b * (1 - weight)).to(out_a.dtype)
+
+    for shape in shapes:
+
+        def make(shape: tuple[int, ...] = shape) -> tuple[Tensor, ...]:
+            states = []
+            for _ in range(2):
+                states += [randn(*shape, device=device), torch.randn(shape[:-1], device=device)]
+            return tuple(states)
+
+        values = math.prod(shape)
+        yield Case(
+            f"merge_states {'x'.join(map(str, shape))}",
+            make,
+            {
+                "ours": System(lambda x: ops.merge_states(*x)[0]),
+                "PyTorch": System(plain),
+                "PyTorch, compiled": System(torch.compile(plain, dynamic=False)),
+            },
+            moved=3 * (2 * values + 4 * values / shape[-1]),
+            reference=lambda x: ops.merge_states(*(t.float() for t in x), backend="reference")[0],
+        )
+
+
+def prompt_concat(device: torch.device, smoke: bool) -> Iterator[Case]:
+    batch, virtual, own, width, vocabulary = (2, 3, 4, 16, 11) if smoke else (64, 128, 512, 4096, 128256)
+    table = randn(vocabulary, width, device=device)
+
+    def make() -> tuple[Tensor, Tensor]:
+        return torch.randint(0, vocabulary, (batch, own), device=device), randn(virtual, width, device=device)
+
+    def steps(inputs: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, prompt = inputs
+        return torch.cat([prompt.expand(batch, -1, -1), F.embedding(tokens, table)], 1)
+
+    def train(inputs: tuple[Tensor, Tensor], call: Callable[..., Tensor]) -> Tensor:
+        prompt = inputs[1].detach().requires_grad_()
+        with torch.enable_grad():
+            out = call((inputs[0], prompt))
+            return torch.autograd.grad(out, prompt, out.detach())[0]
+
+    def ours(inputs: tuple[Tensor, Tensor]) -> Tensor:
+        return ops.prompt_concat(inputs[0], table, inputs[1])
+
+    yield Case(
+        f"prompt_concat B{batch} P{virtual} S{own} H{width}",
+        make,
+        {
+            "ours": System(ours),
+            "embedding, expand, cat": System(steps),
+            "the same, compiled": System(torch.compile(steps, dynamic=False)),
+        },
+        moved=2 * width * (2 * batch * own + virtual + batch * virtual),
+        reference=lambda x: steps(x).float(),
+        tolerance=0.0,
+        bars=[
+            Bar("x of embedding, expand, cat", lambda row: row.speedup("embedding"), at_least=1.8),
+            Bar("of copy bandwidth", lambda row: row.case.moved / row.seconds() / row.ceilings["copy"], at_least=0.85),
+        ],
+    )
+    yield Case(
+        "prompt_concat, forward and backward",
+        make,
+        {
+            "ours": System(lambda x: train(x, ours), graph=False),
+            "embedding, expand, cat": System(lambda x: train(x, steps), graph=False),
+        },
+        moved=2 * width * (2 * batch * own + virtual + 2 * batch * virtual),
+        reference=lambda x: steps(x)[:, :virtual].float().sum(0),
+    )
+
+
+def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Llama-3.1-8B's first layer: with the gather prologue, and a decode step over plain hidden states."""
+    width, q_heads, kv_heads, dim, vocabulary = (16, 4, 2, 8, 11) if smoke else (4096, 32, 8, 128, 128256)
+    heads = q_heads, kv_heads, kv_heads
+    weight = randn(sum(heads) * dim, width, device=device, scale=width**-0.5)
+    norm = 1 + randn(width, device=device, scale=0.1)
+    table = randn(vocabulary, width, device=device)
+
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    def layer(hidden: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        wide = hidden.float()
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype) * norm
+        projected = F.linear(normed, weight).unflatten(-1, (sum(heads), dim)).transpose(1, 2)
+        query, key, value = projected.split(heads, 1)
+        return rotated(query, cos[:, None], sin[:, None]), rotated(key, cos[:, None], sin[:, None]), value, hidden
+
+    def first_layer(tokens: Tensor, cos: Tensor, sin: Tensor, prompt: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        hidden = torch.cat([prompt.expand(len(tokens), -1, -1), F.embedding(tokens, rest[0])], 1)
+        return layer(hidden, cos, sin, *rest[1:])
+
+    def angles(length: int) -> list[Tensor]:
+        angle = torch.rand(1, length, dim // 2, device=device).repeat(1, 1, 2) * 6.3
+        return [angle.cos().to(DTYPE), angle.sin().to(DTYPE)]
+
+    options: dict[str, Any] = {"q_heads": q_heads, "kv_heads": kv_heads, "norm_weight": norm}
+    plans = [("first layer", 2, 3, 4), ("decode", 3, 0, 1)] if smoke else FIRST_LAYER
+    for name, batch, virtual, own in plans:
+
+        def make(batch: int = batch, virtual: int = virtual, own: int = own) -> dict[str, Tensor]:
+            cos, sin = angles(virtual + own)
+            if not virtual:
+                return {"tokens": randn(batch, own, width, device=device), "cos": cos, "sin": sin}
+            tokens = torch.randint(0, vocabulary, (batch, own), device=device)
+            return {"tokens": tokens, "cos": cos, "sin": sin, "prompt": randn(virtual, width, device=device)}
+
+        def ours(x: dict[str, Tensor], **how: Any) -> tuple[Tensor, ...]:
+            more = {"table": table} if "prompt" in x else {}
+            return ops.prompt_qkv(**x, weight=weight, **options, **more, **how)
+
+        def reference(x: dict[str, Tensor]) -> list[Tensor]:
+            exact = {name: t.float() if t.is_floating_point() else t for name, t in x.items()}
+            more = {"table": table.float()} if "prompt" in x else {}
+            parameters = {"weight": weight.float(), **options, "norm_weight": norm.float()}
+            return list(ops.prompt_qkv(**exact, **parameters, **more, backend="reference"))
+
+        def steps(x: dict[str, Tensor], call: Callable[..., Any]) -> tuple[Tensor, ...]:
+            if "prompt" in x:
+                return call(x["tokens"], x["cos"], x["sin"], x["prompt"], table, norm, weight)
+            return call(x["tokens"], x["cos"], x["sin"], norm, weight)
+
+        plain = first_layer if virtual else layer
+        compiled = torch.compile(plain, dynamic=False)
+        count = batch * (virtual + own)
+        written = count * (sum(heads) * dim + width)
+        yield Case(
+            f"prompt_qkv {name} B{batch} P{virtual} S{own}",
+            make,
+            {
+                "ours": System(ours),
+                "PyTorch": System(lambda x, plain=plain, steps=steps: steps(x, plain)),
+                "PyTorch, compiled": System(lambda x, compiled=compiled, steps=steps: steps(x, compiled)),
+            },
+            flops=2 * count * sum(heads) * dim * width,
+            moved=2 * (sum(heads) * dim * width + count * width + written),
+            reference=reference,
+            tolerance=2e-2,
+            bars=[
+                Bar(
+                    "x of PyTorch, compiled",
+                    lambda row: row.speedup("PyTorch, comp"),
+                    at_least=1.1 if virtual else 1.3,
+                )
+            ],
+        )
+
+
+FIRST_LAYER = [("first layer", 32, 128, 128), ("decode", 64, 0, 1)]
+
+
+# -- whole models -----------------------------------------------------------------------------------------------------
+
+_LLAMA3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 128000,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": {
+        **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
+    },
+    "Llama-3.1-8B": {
+        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "bos_token_id": 151643,
+        "eos_token_id": None, "pad_token_id": 0,
+    },
+}  # fmt: skip
+TINY = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+def models(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """``generate`` behind a shared prefix, against transformers' own behind a cache that holds it for every row;
+    random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, sizes in MODELS.items():
+        config = AutoConfig.for_model(**{**sizes, **(TINY if smoke else {})})
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+        yield from model_cases(name, base, *((2, 3, 4, 2) if smoke else (32, 512, 16, 32)))
+        del base
+        torch.compiler.reset()
+
+
+def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: int) -> Iterator[Case]:
+    """Of one model. Random weights decide between tokens by less than the noise of bfloat16, so texts are not
+    compared: logits are."""
+    from transformers import DynamicCache
+
+    from softprompt_fast import SoftPromptModel
+    from softprompt_fast.prompt import SoftPrompt
+
+    model = SoftPromptModel(base)
+    model.add_prompt(
+        "p", SoftPrompt.for_model("PROMPT_TUNING", base, num_virtual_tokens=virtual).requires_grad_(False)
+    )
+    prefix = model.compile_prompt("p")
+    sizes = f"B{batch} P{virtual} S{own}"
+
+    def make() -> Tensor:
+        return torch.randint(0, base.config.vocab_size, (batch, own), device=base.device)
+
+    def cached() -> dict[str, Any]:
+        """A cache that holds the prefix for every row; its expansion is counted, as every request pays it."""
+        cache = DynamicCache()
+        for i, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), i)
+        mask = torch.ones(batch, virtual + own, dtype=torch.long, device=base.device)
+        return {"past_key_values": cache, "attention_mask": mask}
+
+    def expanded_logits(ids: Tensor) -> Tensor:
+        return base(ids, **cached(), logits_to_keep=1).logits
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids, prompt="p", logits_to_keep=1, use_cache=False).logits
+
+    yield Case(
+        f"{name}: logits of a prefill, {sizes}",
+        make,
+        {"ours": System(logits, graph=False), "transformers, expanded": System(expanded_logits, graph=False)},
+        reference=expanded_logits,
+        tolerance=5e-2,
+        seconds=4.0,
+    )
+    for tokens, what in ((1, "first token"), (new, f"{new} tokens")):
+        greedy = {"max_new_tokens": tokens, "do_sample": False}
+        static = {**greedy, "cache_implementation": "static"}
+        systems = {
+            "ours": System(lambda x, how=greedy: model.generate(x, prompt="p", **how), graph=False),
+            "transformers, expanded": System(lambda x, how=greedy: base.generate(x, **cached(), **how), graph=False),
+        }
+        if tokens > 1 and name == "Llama-3.2-1B":  # compiling takes half a minute or more
+            systems["ours, static cache, compiled"] = System(
+                lambda x, how=static: model.generate(x, prompt="p", **how), graph=False
+            )
+        yield Case(f"{name}: generate, {what}, {sizes}", make, systems, seconds=7.0)
+
+
+CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
+    "prefill": prefill,
+    "decode": decode,
+    "backward": backward,
+    "prompt_concat": prompt_concat,
+    "prompt_qkv": prompt_qkv,
+    "merge_states": merge_states,
+    "models": models,
+}
