@@ -58,15 +58,15 @@ def sources(
         "SCALED": scale != 1.0 or prompt_scale != 1.0,
         # One load serves both kinds of rows where only the pointer differs.
         "JOINED": prompt is None or (prompt.dtype == source.dtype and prompt.stride(-1) == source.stride(-1)),
-        # Triton 3.9 forgets what it knows of the alignment of pointers between which it selects.
-        "ALIGNED": all(_aligned(x) for x in (source, prompt) if x is not None),
+        "ALIGNED": all(aligned(x) for x in (source, prompt) if x is not None),
         "LEFT": left,
     }
     return arguments, flags
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
+def aligned(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes. Kernels that select between two pointers are told, for
+    Triton 3.9 then forgets what it knew of either and would load element by element."""
     return (x.data_ptr() | x.element_size() * math.gcd(*x.stride()[:-1])) % 16 == 0
 
 
