@@ -3,8 +3,9 @@
 
 ``one_kernel``: a program owns a tile of rows and of columns of q, k or v. It gathers its rows where they lie,
 normalises them on their way into the product, and turns its columns before they are written: columns come in the
-pairs that RoPE turns, so that both halves are in one accumulator. Nothing between embeddings and q, k, v is ever in memory;
-but every tile of columns normalises its rows again, which pays where reading the weights takes the time: decoding.
+pairs that RoPE turns, so that both halves are in one accumulator. Nothing between embeddings and q, k, v is ever in
+memory; but every tile of columns normalises its rows again, which pays where reading the weights takes the time:
+decoding.
 
 ``composed``: gather, concatenation and norm in one kernel, one library product each for q, k and v, written where the
 attention reads them, and one kernel that turns q and k in place. ``heuristics.fuse_projection`` chooses.
