@@ -447,3 +447,16 @@ def test_triton_follows_no_wild_id() -> None:
     for form in (module.one_kernel, module.composed):
         query, _, _, residual = form(*start, [call["weight"]], [], *layer)
         assert torch.equal(residual, want) and query[0, :, 6].eq(0).all() and query[2, :, 8].eq(0).all()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_triton_gradient_of_one_result(which: int) -> None:
+    """The other results' gradients are absent, not zero; and no result is an argument."""
+    call = make("plain")
+    of = trained(call)
+    want = gradients(run(call, "torch")[which : which + 1], of)
+    result = run(call, "triton")[which]
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    found = torch.autograd.grad(result, of, grad)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-4, atol=1e-5)
+    assert found[0].data_ptr() != grad.data_ptr()

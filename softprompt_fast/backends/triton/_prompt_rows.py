@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Arguments of `sources`, in order, that follow lengths: a kernel that took them for constants, or asked whether 16
-# divides them, would be compiled anew as they change.
-LENGTHS = ("ids_strides", "vocabulary", "packed", "prompt_length", "own", "rows")
+# Arguments of `sources` that follow lengths: a kernel that took them for constants, or asked whether 16 divides them,
+# would be compiled anew as they change. Each is an argument of its own, for within a tuple Triton asks regardless.
+LENGTHS = ("ids_row", "ids_step", "vocabulary", "packed", "prompt_length", "own", "rows")
 
 
 def dense(index: Tensor | None) -> Tensor | None:
@@ -48,7 +48,7 @@ def sources(
     # A table's rows are picked by id alone, embeddings by row of the batch and place in it.
     strides = tokens.stride() if table is None else (0, *table.stride())
     arguments = (
-        source, strides, None if table is None else tokens, (0, 0) if table is None else tokens.stride(),
+        source, strides, None if table is None else tokens, *((0, 0) if table is None else tokens.stride()),
         0 if table is None else table.shape[0],
         prompt, (0, 0) if prompt is None else prompt.stride(), 0 if prompt is None else prompt.shape[0],
         *layout(prompt_offsets, prompt_index, own_start),
@@ -110,7 +110,7 @@ def row_layout(b, mask, offsets, index, start, packed, prompt_length, LEFT: tl.c
 @triton.jit
 def locate(
     row,
-    source, source_strides, ids, ids_strides, vocabulary,
+    source, source_strides, ids, ids_row, ids_step, vocabulary,
     prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows,
     LEFT: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def locate(
         p_prompt = prompt + entry.to(tl.int64) * prompt_strides[0]
     which = token.to(tl.int64)
     if ids is not None:
-        p_ids = ids + b.to(tl.int64) * ids_strides[0] + which * ids_strides[1]
+        p_ids = ids + b.to(tl.int64) * ids_row + which * ids_step
         which = tl.load(p_ids, mask=from_own, other=0)
         known = (which >= 0) & (which < vocabulary)
         tl.device_assert(known, "prompt_concat: a token id is outside the table", mask=from_own)

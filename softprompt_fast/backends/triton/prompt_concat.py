@@ -153,7 +153,7 @@ def _tile(rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
 @triton.jit(do_not_specialize=_prompt_rows.LENGTHS)
 def _forward(
     out,
-    source, source_strides, ids, ids_strides, vocabulary,
+    source, source_strides, ids, ids_row, ids_step, vocabulary,
     prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, scale, prompt_scale,
     width,
     SCALED: tl.constexpr, JOINED: tl.constexpr, ALIGNED: tl.constexpr, LEFT: tl.constexpr,
@@ -163,7 +163,7 @@ def _forward(
     inside = column < width
     p_prompt, p_own, from_prompt, from_own = locate(
         row,
-        source, source_strides, ids, ids_strides, vocabulary,
+        source, source_strides, ids, ids_row, ids_step, vocabulary,
         prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, LEFT,
     )  # fmt: skip
     b_x = load_rows(

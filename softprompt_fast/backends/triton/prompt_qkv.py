@@ -261,7 +261,7 @@ def backward(
                 **config,
             )
     if prompt is None:
-        return through.to(tokens.dtype), None
+        return through.to(tokens.dtype, copy=grad_hidden is None), None  # a result may not be an argument
     grad_prompt, grad_tokens = prompt_concat.backward(
         through, tokens, prompt, prompt_offsets, prompt_index, own_start, prompt_length, scale, prompt_scale, left
     )
@@ -410,7 +410,7 @@ def _rotated(
 @triton.jit(do_not_specialize=_prompt_rows.LENGTHS)
 def _one_kernel(
     query, key, value, residual, residual_strides,
-    source, source_strides, ids, ids_strides, vocabulary,
+    source, source_strides, ids, ids_row, ids_step, vocabulary,
     prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, scale, prompt_scale,
     weight_q, stride_q, weight_k, stride_k, weight_v, stride_v, weight_step,
     bias_q, bias_k, bias_v, norm_weight, norm_bias, norm_offset, eps,
@@ -434,7 +434,7 @@ def _one_kernel(
     row = (group * GROUP_M + place % in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_prompt, p_own, from_prompt, from_own = locate(
         row,
-        source, source_strides, ids, ids_strides, vocabulary,
+        source, source_strides, ids, ids_row, ids_step, vocabulary,
         prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, LEFT,
     )  # fmt: skip
     exists = row < rows
@@ -547,7 +547,7 @@ def _one_kernel(
 @triton.jit(do_not_specialize=_prompt_rows.LENGTHS)
 def _normalise(
     residual, residual_strides, normed,
-    source, source_strides, ids, ids_strides, vocabulary,
+    source, source_strides, ids, ids_row, ids_step, vocabulary,
     prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, scale, prompt_scale,
     norm_weight, norm_bias, norm_offset, eps, width,
     NORM: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, ALIGNED: tl.constexpr, LEFT: tl.constexpr,
@@ -559,7 +559,7 @@ def _normalise(
     mask = (row < rows)[:, None] & inside[None, :]
     p_prompt, p_own, from_prompt, from_own = locate(
         row,
-        source, source_strides, ids, ids_strides, vocabulary,
+        source, source_strides, ids, ids_row, ids_step, vocabulary,
         prompt, prompt_strides, packed, offsets, index, start, prompt_length, own, rows, LEFT,
     )  # fmt: skip
     b_x = load_rows(
