@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device round
-to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it multiplies
-matrices of bfloat16 by their bits."""
+"""Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device
+round to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it
+multiplies matrices of bfloat16 by their bits."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def round_like_a_gpu() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+
+def loop_to_a_tensor() -> None:
+    """Triton 3.6 makes a loop's bounds Python numbers in a way that NumPy 2.4 refuses for arrays of one element."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -149,6 +149,11 @@ def test_join_keys() -> None:
     assert not heuristics.join_keys(1, 2048 + 16, width)
 
 
+def test_fuse_projection() -> None:
+    assert heuristics.fuse_projection(64)
+    assert not heuristics.fuse_projection(32 * (128 + 128))
+
+
 def test_score_rows() -> None:
     assert heuristics.score_rows(96, 1024, 2048) == 21
     assert heuristics.score_rows(3, 96, 512) == 96

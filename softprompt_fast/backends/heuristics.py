@@ -52,6 +52,18 @@ def pack_weights(weight_bytes: int, available_bytes: int) -> bool:
     return 4 * weight_bytes <= available_bytes
 
 
+def fuse_projection(rows: int) -> bool:
+    """Whether norm, q, k, v projection and rotation run as one Triton kernel instead of a library's products between
+    two kernels.
+
+    Every tile of columns normalises its rows again. With few rows reading the weights takes the time, and one launch
+    is saved over four; with many the arithmetic does, which a library does better. ``rows`` counts batch times length.
+
+    Example: a decode step of 64 rows: one kernel. 32 rows of 128 virtual and 128 own tokens, 8192: composed.
+    """
+    return rows <= 128
+
+
 def score_rows(heads: int, rows: int, keys: int) -> int:
     """How many query rows to score at a time, so that a block of scores stays near 4M elements (16 MB in float32).
 

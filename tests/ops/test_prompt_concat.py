@@ -16,7 +16,7 @@ from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
 from tests.device import cpu_only
-from tests.isas import BACKENDS, CPU, EVERY, using
+from tests.isas import BACKENDS, CPU, EVERY, TRITON, using
 
 # ``ops.prompt_concat`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prompt_concat"]
@@ -50,6 +50,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=CPU)
 def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[*CPU, *TRITON])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param) as name:
         yield name
 
@@ -246,14 +252,14 @@ def test_float64_is_for_pytorch() -> None:
     assert ops.prompt_concat(*inputs, out_dtype=torch.float64).dtype == torch.float64
 
 
-def test_what_the_kernels_refuse(cpu: str) -> None:
+def test_what_the_kernels_refuse(compiled: str) -> None:
     inputs, _ = make("plain")
     with pytest.raises(BackendError, match="it gives float32, bfloat16 and float16, found float64"):
-        ops.prompt_concat(*inputs, out_dtype=torch.float64, backend=cpu)
+        ops.prompt_concat(*inputs, out_dtype=torch.float64, backend=compiled)
     with pytest.raises(BackendError, match="it takes float32, bfloat16 and float16, found float64"):
-        ops.prompt_concat(inputs[0], inputs[1], inputs[2].double(), backend=cpu)
+        ops.prompt_concat(inputs[0], inputs[1], inputs[2].double(), backend=compiled)
     with pytest.raises(BackendError, match="it gives no gradient for table"):
-        ops.prompt_concat(inputs[0], inputs[1].requires_grad_(), inputs[2], backend=cpu)
+        ops.prompt_concat(inputs[0], inputs[1].requires_grad_(), inputs[2], backend=compiled)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,12 +267,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("width", [1, 3, 16, 50])
 @pytest.mark.parametrize("scale", [None, 1.7])
-def test_every_mix_of_dtypes(scale: float | None, width: int, cpu: str) -> None:
+def test_every_mix_of_dtypes(scale: float | None, width: int, compiled: str) -> None:
     """Bit for bit what PyTorch's conversions and products in float32 give."""
     options = {"own_start": torch.tensor([0, 2]), "scale": scale, "prompt_scale": scale}
     for source, trained, target in product(DTYPES, repeat=3):
         inputs = [torch.randint(0, 7, (2, 5)), guarded((7, width), source), guarded((4, width), trained)]
-        out, want = (ops.prompt_concat(*inputs, **options, out_dtype=target, backend=b) for b in (cpu, "torch"))
+        out, want = (ops.prompt_concat(*inputs, **options, out_dtype=target, backend=b) for b in (compiled, "torch"))
         assert torch.equal(out, want), (source, trained, target)
 
 
@@ -288,7 +294,7 @@ def swapped(x: Tensor | None, a: int, b: int) -> Tensor | None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
 @pytest.mark.parametrize("name", ["plain", "packed left", "packed right", "left padded, right side"])
-def test_strides(name: str, ids: bool, dtype: torch.dtype, cpu: str) -> None:
+def test_strides(name: str, ids: bool, dtype: torch.dtype, compiled: str) -> None:
     """Columns apart, transposed and broadcast inputs and gradients give the bits of dense ones."""
     inputs, options = make(name, dtype, ids)
     tokens, table, prompt = (None if x is None else x.contiguous() for x in inputs)
@@ -299,13 +305,13 @@ def test_strides(name: str, ids: bool, dtype: torch.dtype, cpu: str) -> None:
     ]
     dense = [tokens, table, prompt]
     of = trained(dense)
-    want = run(dense, options, cpu)
+    want = run(dense, options, compiled)
     weights = torch.randn(want.shape, dtype=torch.float64).to(dtype)
     apart = spread(weights, 2), swapped(weights, 0, 2), weights
     for variant, other in zip(variants, apart, strict=True):
         given = [None if x is None else x.detach() for x in variant]
         of_given = trained(given)
-        out = run(given, options, cpu)
+        out = run(given, options, compiled)
         assert torch.equal(out, want)
         found = torch.autograd.grad(out, of_given, other)
         wanted = torch.autograd.grad(want, of, weights, retain_graph=True)
@@ -316,11 +322,11 @@ def test_strides(name: str, ids: bool, dtype: torch.dtype, cpu: str) -> None:
     wanted = torch.autograd.grad(want, of, torch.ones_like(want))
     assert all(torch.equal(x, y) for x, y in zip(broadcast, wanted, strict=True))
     same = tokens[:1, :1].detach().expand_as(tokens)
-    assert torch.equal(*(run([x, table, prompt], options, cpu) for x in (same, same.contiguous())))
+    assert torch.equal(*(run([x, table, prompt], options, compiled) for x in (same, same.contiguous())))
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
-def test_nothing_beside_the_views_is_read(ids: bool, cpu: str) -> None:
+def test_nothing_beside_the_views_is_read(ids: bool, compiled: str) -> None:
     """`guarded` puts NaN around the rows; here it stands behind the last column too."""
     width = 21
     table = guarded((7, width + 2), torch.float32)
@@ -329,7 +335,7 @@ def test_nothing_beside_the_views_is_read(ids: bool, cpu: str) -> None:
     prompt[:, width:] = float("nan")
     tokens = torch.randint(0, 7, (2, 5)) if ids else table[torch.randint(0, 7, (2, 5))]
     inputs = [tokens if ids else tokens[..., :width], table[:, :width] if ids else None, prompt[:, :width]]
-    out = run(inputs, {"scale": 2.0, "out_dtype": torch.bfloat16}, cpu)
+    out = run(inputs, {"scale": 2.0, "out_dtype": torch.bfloat16}, compiled)
     assert out.isfinite().all()
 
 
@@ -482,3 +488,34 @@ def test_reference_oracle_is_differentiable_in_the_table() -> None:
     assert torch.equal(grad, counts[:, None].expand(-1, WIDTH))
     defaults = (None, None, None, 5, 1.0, 1.0, torch.float64, True)
     assert torch.equal(out, reference(*inputs, *defaults))
+
+
+def test_triton_adds_many_rows_in_parts() -> None:
+    """A short prompt's rows are split over programs, and the parts added: the same bits every time."""
+    triton = pytest.importorskip("softprompt_fast.backends.triton.prompt_concat", exc_type=ImportError)
+    rows = 41
+    prompt = torch.randn(4, WIDTH)
+    options = {"prompt_offsets": torch.tensor([0, 1, 4]), "prompt_index": torch.randint(-1, 2, (rows,))}
+    options["own_start"] = torch.randint(0, 3, (rows,), dtype=torch.int32)
+    tokens, table = torch.randint(0, VOCABULARY, (rows, 2)), torch.randn(VOCABULARY, WIDTH)
+    grad = torch.randn(rows, 5, WIDTH)
+    assert triton._parts(grad, prompt, rows) > 1
+    found, again = (triton.backward(grad, tokens, prompt, *options.values(), 3, 1.0, 0.5, True)[0] for _ in range(2))
+    assert torch.equal(found, again)
+    of = [prompt.double().requires_grad_(), prompt.clone().requires_grad_()]
+    outs = [run([tokens, table.to(x.dtype), x], {**options, "prompt_scale": 0.5}, "reference") for x in of]
+    oracle, baseline = (torch.autograd.grad(o, x, grad.to(x.dtype))[0] for o, x in zip(outs, of, strict=True))
+    assert_within_noise(found, oracle, baseline, "gradient")
+
+
+def test_triton_follows_no_wild_id() -> None:
+    """Past the op's own check, which a GPU does not have: such a row reads as zeros (there, the kernel also stops)."""
+    triton = pytest.importorskip("softprompt_fast.backends.triton.prompt_concat", exc_type=ImportError)
+    tokens, table, prompt = torch.randint(0, VOCABULARY, (3, 4)), guarded((VOCABULARY, WIDTH)), guarded((5, WIDTH))
+    wild = [(0, 1, -1), (1, 3, VOCABULARY), (2, 0, 2**62), (2, 2, -(2**63))]
+    for row, column, bad in wild:
+        tokens[row, column] = bad
+    out = triton.forward(tokens, table, prompt, None, None, None, 5, 1.0, 1.0, torch.float32, True)
+    known = (tokens >= 0) & (tokens < VOCABULARY)
+    want = table[tokens.where(known, 0)].where(known[..., None], 0)
+    assert torch.equal(out[:, 5:], want) and torch.equal(out[:, :5], prompt.expand(3, -1, -1))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt_fast import ops
+from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
 from tests.device import cpu_only, randn, seeded
@@ -351,3 +352,114 @@ def test_ids_out_of_range(backend: str) -> None:
 def test_bad_input(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run({**make("plain"), **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_triton_around_library_products(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Triton backend does with many rows; the other tests' are few."""
+    monkeypatch.setattr(heuristics, "fuse_projection", lambda rows: False)
+    test_forward_and_gradients(name, dtype, "triton")
+
+
+LAYOUTS: dict[str, dict] = {
+    "transposed weight": {"name": "bias"},
+    "weights apart, strides of their own": {"name": "apart"},
+    "weights of two dtypes": {"name": "apart"},
+    "float32 weights": {"name": "layer"},
+    "float32 rotation, columns apart": {"name": "positions per row", "rotation": 6},
+    "hidden states transposed": {"name": "gemma"},
+    "every second hidden element": {"name": "plain"},
+    "float32 prompt": {"name": "prompt, padded"},
+    "odd heads": {"name": "layer", "rotation": 4},
+    "many rows, in groups": {"name": "prompt", "batch": 9, "tokens": 11, "width": 20},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "composed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_takes_every_layout(
+    layout: str, fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {**LAYOUTS[layout]}
+    call = make(change.pop("name"), dtype, **change)
+    weight, tokens = call["weight"], call["tokens"]
+    if layout == "transposed weight":
+        call["weight"] = weight.T.contiguous().T
+    elif layout == "weights apart, strides of their own":
+        call["weight"] = [weight[0], weight[1].T.contiguous().T, weight[2].repeat(1, 2)[:, :12]]
+    elif layout == "weights of two dtypes":
+        call["weight"] = [weight[0].half(), *weight[1:]]
+    elif layout == "float32 weights":
+        call["weight"], call["norm_weight"], call["bias"] = weight.float(), call["norm_weight"].float(), None
+    elif layout == "float32 rotation, columns apart":
+        call["cos"], call["sin"] = (call[x].float().repeat_interleave(2, -1)[..., ::2] for x in ("cos", "sin"))
+    elif layout == "hidden states transposed":
+        call["tokens"] = tokens.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    elif layout == "every second hidden element":
+        call["tokens"] = tokens.repeat_interleave(2, -1)[..., ::2]
+    elif layout == "float32 prompt":
+        call["prompt"] = call["prompt"].float()
+    elif layout == "odd heads":
+        call["weight"], call["bias"] = weight[:56], None  # 8 heads of 7
+        call["weight"] = call["weight"].repeat(1, 2)[:, :12]
+    elif layout == "many rows, in groups":
+        assert not heuristics.fuse_projection(9 * 16)
+    if layout == "many rows, in groups" and fused:
+        monkeypatch.setattr(triton_module(), "composed", triton_module().one_kernel)
+    else:
+        monkeypatch.setattr(heuristics, "fuse_projection", lambda rows: fused)
+    exact, plain = convert(call, torch.float64), convert(call, dtype)
+    of, of_exact, of_plain = trained(call), trained(exact), trained(plain)
+    with poisoned_memory():
+        results = run(call, "triton")
+        found = gradients(results, of)
+    oracle, baseline = run(exact, "reference"), run(plain, "reference")
+    for what, x, y, z in zip(NAMES, results, oracle, baseline, strict=True):
+        assert_within_noise(x, y, z, what)
+    for x, y, z in zip(found, gradients(oracle, of_exact), gradients(baseline, of_plain), strict=True):
+        assert_within_noise(x.to(z.dtype), y, z, "gradient")
+
+
+def triton_module():
+    return pytest.importorskip("softprompt_fast.backends.triton.prompt_qkv", exc_type=ImportError)
+
+
+def test_triton_one_kernel_says_what_it_takes() -> None:
+    module = triton_module()
+    weights = [torch.zeros(32, 12), torch.zeros(12, 16).T, torch.zeros(16, 12)]
+    tokens = torch.zeros(2, 3, 12)
+    start = (tokens, None, None, None, None, None, 0, 1.0, 1.0, torch.float32, True)
+    layer = (4, 2, "none", None, None, 0.0, 1e-6, None, None, False)
+    with pytest.raises(ValueError, match="one dtype and, of the weights, one stride between columns"):
+        module.one_kernel(*start, weights, [], *layer)
+    assert module.forward(*start, weights, [], *layer)[0].shape == (2, 4, 3, 8)
+
+
+def test_triton_follows_no_wild_id() -> None:
+    """Past the op's own check, which a GPU does not have: such a row reads as zeros (there, the kernel also stops)."""
+    module = triton_module()
+    call = make("prompt", norm="none")
+    known = call["tokens"].clone()
+    call["tokens"][0, 1], call["tokens"][2, 3] = 2**62, -1
+    start = (call["tokens"], call["table"], call["prompt"], None, None, None, 5, 1.0, 1.0, torch.float32, True)
+    layer = (Q_HEADS, KV_HEADS, "none", None, None, 0.0, 1e-6, None, None, False)
+    want = torch.cat([call["prompt"].expand(3, -1, -1), call["table"][known]], 1)
+    want[0, 6] = want[2, 8] = 0
+    for form in (module.one_kernel, module.composed):
+        query, _, _, residual = form(*start, [call["weight"]], [], *layer)
+        assert torch.equal(residual, want) and query[0, :, 6].eq(0).all() and query[2, :, 8].eq(0).all()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_triton_gradient_of_one_result(which: int) -> None:
+    """The other results' gradients are absent, not zero; and no result is an argument."""
+    call = make("plain")
+    of = trained(call)
+    want = gradients(run(call, "torch")[which : which + 1], of)
+    result = run(call, "triton")[which]
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    found = torch.autograd.grad(result, of, grad)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-4, atol=1e-5)
+    assert found[0].data_ptr() != grad.data_ptr()
