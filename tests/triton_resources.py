@@ -21,6 +21,7 @@ from typing import Any
 
 import triton
 
+from softprompt_fast.backends.triton import _tuning
 from tests import triton_offline, triton_variants
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -143,7 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose title matches")
     parser.add_argument("--json", action="store_true", help="print {rows, failed} and judge nothing")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--format", action="store_true", help="sort the shipped tuned tables, compile nothing")
     options = parser.parse_args(arguments)
+    if options.format:
+        for path in _tuning.SHIPPED.rglob("*.json"):
+            path.write_text(_tuning.dump(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+        return 0
     chosen = [task for task in tasks(options.entries) if re.search(options.only, " | ".join(task))]
     started = time.perf_counter()
     rows, wrong = compile_all(chosen, options.processes)

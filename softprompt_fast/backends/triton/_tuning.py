@@ -32,6 +32,7 @@ __all__ = [
     "folders",
     "overridden",
     "served_by",
+    "shipped",
     "table",
     "user_folder",
 ]
@@ -48,7 +49,7 @@ class Tunable:
 
     kernel: str
     # Every key that a table may be asked for.
-    keys: Callable[[], Sequence[str]]
+    keys: Sequence[str]
     # Configurations worth a measurement for a key. One that needs more than the GPU has is skipped.
     candidates: Callable[[str], Sequence[dict[str, Any]]]
     # Makes the tensors of a typical call for a key, larger than a GPU's caches, and returns the call. Its results do
@@ -110,6 +111,11 @@ def user_folder() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "softprompt_fast" / "tuned"
+
+
+def shipped(op: str, kernel: str, key: str, places: Sequence[str]) -> dict[str, Any]:
+    """What a launch takes where the user has no table."""
+    return choose([table(SHIPPED, place, op) for place in places], kernel, key)
 
 
 def served_by(op: str, places: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ def _problem(kernel: str, key: str, device: torch.device) -> Callable[[], Sequen
 def _tunable(kernel: str) -> _tuning.Tunable:
     return _tuning.Tunable(
         kernel,
-        lambda: [tuning_key(size, bytes_) for size in (16, 32, 64, 128, 256) for bytes_ in (2, 4)],
+        [tuning_key(size, bytes_) for size in (16, 32, 64, 128, 256) for bytes_ in (2, 4)],
         lambda key: [
             {"BLOCK_ROWS": rows, "num_warps": warps} for rows in (4, 8, 16, 32, 64, 128) for warps in (2, 4, 8)
         ],
