@@ -127,6 +127,14 @@ def test_a_broken_table_is_named(own: Path, content: Any, message: str) -> None:
     assert str(own / "interpreter" / "merge_states.json") in str(raised.value)
 
 
+def test_a_configuration_of_another_version_is_named(own: Path) -> None:
+    save(own, "sm_90", "merge_states", {"forward": {"d64-16bit": {"BLOCK": 4, "num_warps": 4}}})
+    with pytest.raises(
+        ValueError, match=r"merge_states.json: 'forward', 'd64-16bit': expected BLOCK_ROWS, num_warps, f"
+    ):
+        _tuning.configuration("merge_states", "forward", "d64-16bit", ("sm_90", "default"))
+
+
 def test_a_place_is_a_device_then_its_architecture() -> None:
     with _runtime.recorded("sm_90", lambda *_: None):
         assert _runtime.places(CPU) == ("sm_90", "default")

@@ -14,8 +14,9 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def compile_all(chosen: list[tuple[str, str]], processes: int) -> tuple[Rows, li
     return rows, failed
 
 
+def specialisations(lengths: Iterable[int] = range(500, 566)) -> dict[str, list[str]]:
+    """What each of the calls whose lengths grow makes Triton compile on sm_90, all lengths together."""
+    found: dict[str, list[str]] = {}
+    for title, call in triton_variants.growing().items():
+        launches = [x for n in lengths for x in triton_offline.record(partial(call, n), "sm_90")]
+        keys = {triton_offline.specialisation(launch, "sm_90"): launch.name for launch in launches}
+        found[title] = sorted(keys.values())
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
@@ -144,11 +155,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose title matches")
     parser.add_argument("--json", action="store_true", help="print {rows, failed} and judge nothing")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--specialisations", action="store_true", help="how often growing lengths compile, as JSON")
     parser.add_argument("--format", action="store_true", help="sort the shipped tuned tables, compile nothing")
     options = parser.parse_args(arguments)
     if options.format:
         for path in _tuning.SHIPPED.rglob("*.json"):
             path.write_text(_tuning.dump(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+        return 0
+    if options.specialisations:
+        print(json.dumps(specialisations()))
         return 0
     chosen = [task for task in tasks(options.entries) if re.search(options.only, " | ".join(task))]
     started = time.perf_counter()

@@ -63,8 +63,8 @@ def _merge_states() -> Iterator[Variant]:
             )
 
 
-def merge_states(head_dim: int, dtype: torch.dtype, backward: bool) -> object:
-    out, lse = torch.empty(16, 512, 32, head_dim, dtype=dtype).transpose(1, 2), torch.empty(16, 32, 512)
+def merge_states(head_dim: int, dtype: torch.dtype, backward: bool, queries: int = 512) -> object:
+    out, lse = torch.empty(16, queries, 32, head_dim, dtype=dtype).transpose(1, 2), torch.empty(16, 32, queries)
     if backward:
         return backend("merge_states").backward(out, lse, out, lse, out, lse, lse)
     return backend("merge_states").forward(out, lse, out, lse)
@@ -108,6 +108,7 @@ def prefix_attention(
     *,
     batch: int = 64,
     own: int = 512,
+    capacity: int = 0,
     static: bool = False,
     prefix_dtype: torch.dtype | None = None,
     packed: bool = False,
@@ -122,7 +123,8 @@ def prefix_attention(
     q_heads, kv_heads, prefix = 32, 8, 1024
     queries = 1 if mode == "decode" else own
     query = torch.empty(batch, queries, q_heads, head_dim, dtype=dtype).transpose(1, 2)
-    key, value = (torch.empty(batch, kv_heads, own, head_dim, dtype=dtype) for _ in range(2))
+    shape = batch, kv_heads, max(own, capacity), head_dim
+    key, value = (torch.empty(shape, dtype=dtype)[:, :, :own] for _ in range(2))
     prefix_key, prefix_value = (torch.empty(kv_heads, prefix, head_dim, dtype=prefix_dtype or dtype) for _ in range(2))
     index: dict[str, Tensor | None] = dict.fromkeys(("offsets", "index", "start", "end", "query_start"))
     if packed:
@@ -202,7 +204,13 @@ def _prompt_qkv() -> Iterator[Variant]:
 
 
 def prompt_qkv(
-    form: str, dtype: torch.dtype, *, concat: bool = True, norm: str = "rms", interleaved: bool = False
+    form: str,
+    dtype: torch.dtype,
+    *,
+    concat: bool = True,
+    own: int = OWN,
+    norm: str = "rms",
+    interleaved: bool = False,
 ) -> object:
     q_heads, kv_heads, head_dim = 32, 8, 128
     if concat:
@@ -210,8 +218,8 @@ def prompt_qkv(
         start = (*tensors, *numbers, dtype, True)
         length = PROMPT + OWN
     else:
-        start = (torch.empty(ROWS, OWN, HIDDEN, dtype=dtype), *(None,) * 5, 0, 1.0, 1.0, dtype, True)
-        length = OWN
+        start = (torch.empty(ROWS, own, HIDDEN, dtype=dtype), *(None,) * 5, 0, 1.0, 1.0, dtype, True)
+        length = own
     heads = (q_heads, kv_heads, kv_heads)
     weights = [torch.empty(count * head_dim, HIDDEN, dtype=dtype) for count in heads]
     layer = norm == "layer"
@@ -222,6 +230,23 @@ def prompt_qkv(
     return run(
         *start, weights, biases, q_heads, kv_heads, norm, gain, shift, 0.0, 1e-6, cos, sin, interleaved
     )  # fmt: skip
+
+
+# ---- calls whose lengths change from one to the next -------------------------------------------------------------
+
+
+def growing() -> dict[str, Callable[[int], object]]:
+    """What a server calls again and again: title -> call with n, which grows by one a decoded token."""
+    found: dict[str, Callable[[int], object]] = {
+        "merge_states decode": lambda n: merge_states(128, torch.bfloat16, False, queries=1),
+        "prefix_attention decode": lambda n: prefix_attention("decode", 128, torch.bfloat16, own=n, capacity=1024),
+        "prefix_attention decode dense": lambda n: prefix_attention("decode", 128, torch.bfloat16, own=n),
+        "prefix_attention decode padded": lambda n: prefix_attention(
+            "decode", 128, torch.bfloat16, own=n, capacity=1024, padded=True, packed=True
+        ),
+        "prompt_qkv decode": lambda n: prompt_qkv("forward", torch.bfloat16, concat=False, own=1),
+    }
+    return {title: call for title, call in found.items() if present(title.split()[0])}
 
 
 # ---- entries of the tuned tables --------------------------------------------------------------------------------

@@ -139,7 +139,12 @@ def overridden(op: str, kernel: str, config: dict[str, Any]) -> Iterator[None]:
 
 @cache
 def _chosen(op: str, kernel: str, key: str, places: tuple[str, ...]) -> dict[str, Any]:
-    return choose([table(folder, place, op) for place in places for folder in folders()], kernel, key)
+    found = choose([table(folder, place, op) for place in places for folder in folders()], kernel, key)
+    expected = shipped(op, kernel, key, places)
+    if found.keys() != expected.keys():
+        own = user_folder() / "*" / f"{op}.json"
+        raise ValueError(f"{own}: {kernel!r}, {key!r}: expected {', '.join(expected)}, found {', '.join(found)}")
+    return found
 
 
 def _is_table(found: Any) -> bool:
