@@ -128,7 +128,7 @@ def test_prompt_concat_is_one_graph() -> None:
     table, prompt, start = torch.randn(11, 16), torch.randn(3, 16), torch.tensor([0, 2], dtype=torch.int32)
 
     def call(tokens: torch.Tensor) -> tuple[torch.Tensor]:
-        return (ops.prompt_concat(tokens, prompt, table=table, own_start=start, backend="triton"),)
+        return (ops.prompt_concat(tokens, table, prompt, own_start=start, backend="triton"),)
 
     with torch.no_grad():
         one_graph(call, lambda n: (torch.randint(0, 11, (2, n)),), {0: 1})

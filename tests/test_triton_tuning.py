@@ -129,9 +129,7 @@ def test_a_broken_table_is_named(own: Path, content: Any, message: str) -> None:
 
 def test_a_configuration_of_another_version_is_named(own: Path) -> None:
     save(own, "sm_90", "merge_states", {"forward": {"d64-16bit": {"BLOCK": 4, "num_warps": 4}}})
-    with pytest.raises(
-        ValueError, match=r"merge_states.json: 'forward', 'd64-16bit': expected BLOCK_ROWS, num_warps, f"
-    ):
+    with pytest.raises(ValueError, match=r"merge_states.json: 'forward', 'd64-16bit': expected BLOCK_ROWS, num_w"):
         _tuning.configuration("merge_states", "forward", "d64-16bit", ("sm_90", "default"))
 
 
