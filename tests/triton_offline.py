@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -59,13 +60,25 @@ class _StayOnDevice(TorchDispatchMode):
         return result
 
 
+class _NewWithoutCuda(TorchFunctionMode):
+    """``x.new_empty(...)`` by another way: it asks a PyTorch that is built without CUDA for its device guard."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        make = {"new_empty": torch.empty, "new_zeros": torch.zeros, "new_ones": torch.ones, "new_full": torch.full}
+        if (maker := make.get(getattr(func, "__name__", ""))) is None:
+            return func(*args, **kwargs)
+        x, *size = args
+        return maker(*size, **{"dtype": x.dtype, "device": x.device, **kwargs})
+
+
 @contextmanager
 def on_fake_gpu() -> Iterator[None]:
     """Within it tensors made on "cuda" are fake, and everything that reads a value of one raises."""
     with warnings.catch_warnings():
         # A fake tensor's address is 0, which is what launch code that looks at alignment should see.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(), torch.device("cuda"), _StayOnDevice():
+        with FakeTensorMode(), torch.device("cuda"), _NewWithoutCuda(), _StayOnDevice():
             yield
 
 
