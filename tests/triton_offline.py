@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton backend would launch on a GPU, and what its compiler makes of it, on a machine that has none.
 
-Host code runs for an architecture over fake tensors: they say "cuda" and have shapes and strides, but no memory, so
-reading a value raises. Compiling needs a process without TRITON_INTERPRET (Triton reads it where a kernel is defined),
+Host code runs for an architecture over tensors that have shapes and strides, but no memory, so reading a value raises. Compiling needs a process without TRITON_INTERPRET (Triton reads it where a kernel is defined),
 so tests run ``python -m tests.triton_resources``.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,8 +19,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -56,30 +52,16 @@ class _StayOnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
-            assert not isinstance(x, Tensor) or x.device.type == "cuda", f"{func} made a tensor in host memory"
+            assert not isinstance(x, Tensor) or x.device.type == "meta", f"{func} made a tensor in host memory"
         return result
 
 
-class _NewWithoutCuda(TorchFunctionMode):
-    """``x.new_empty(...)`` by another way: it asks a PyTorch that is built without CUDA for its device guard."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        make = {"new_empty": torch.empty, "new_zeros": torch.zeros, "new_ones": torch.ones, "new_full": torch.full}
-        if (maker := make.get(getattr(func, "__name__", ""))) is None:
-            return func(*args, **kwargs)
-        x, *size = args
-        return maker(*size, **{"dtype": x.dtype, "device": x.device, **kwargs})
-
-
 @contextmanager
-def on_fake_gpu() -> Iterator[None]:
-    """Within it tensors made on "cuda" are fake, and everything that reads a value of one raises."""
-    with warnings.catch_warnings():
-        # A fake tensor's address is 0, which is what launch code that looks at alignment should see.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(), torch.device("cuda"), _NewWithoutCuda(), _StayOnDevice():
-            yield
+def without_values() -> Iterator[None]:
+    """Within it tensors are made on "meta": everything that reads a value of one raises. (Fake "cuda" tensors would be
+    nearer, but a PyTorch that is built without CUDA cannot even slice those.)"""
+    with torch.device("meta"), _StayOnDevice():
+        yield
 
 
 def record(call: Callable[[], object], arch: str) -> list[Launch]:
@@ -88,10 +70,10 @@ def record(call: Callable[[], object], arch: str) -> list[Launch]:
 
     def recorder(kernel: Any, grid: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         for x in args:
-            assert not isinstance(x, Tensor) or x.device.type == "cuda", f"{kernel.__name__}: an argument on the CPU"
+            assert not isinstance(x, Tensor) or x.device.type == "meta", f"{kernel.__name__}: an argument on the CPU"
         found.append(Launch(kernel, tuple(grid), args, meta))
 
-    with on_fake_gpu(), _runtime.recorded("sm_80" if arch == "sm_86" else arch, recorder):
+    with without_values(), _runtime.recorded("sm_80" if arch == "sm_86" else arch, recorder):
         call()
     return found
 

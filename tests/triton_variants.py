@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of the Triton backend that between them launch every kernel variant in use: what tests/triton_resources.json
-has a row for. Each runs the backend's own host code, over fake tensors (tests/triton_offline.py)."""
+has a row for. Each runs the backend's own host code, over tensors without memory (tests/triton_offline.py)."""
 
 from __future__ import annotations
 
@@ -272,4 +272,4 @@ def entries() -> dict[str, tuple[str, Callable[[], object]]]:
 
 def _entry(op: str, tunable: Any, key: str, config: dict[str, Any]) -> object:
     with _tuning.overridden(op, tunable.kernel, config):
-        return tunable.problem(key, torch.device("cuda"))()
+        return tunable.problem(key, torch.device("meta"))()
