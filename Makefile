@@ -8,6 +8,7 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SANITIZE_ARGS ?=
+RESOURCES_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -18,7 +19,7 @@ BUILD := $(VENV)/.stamp-build
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test lint format native sanitize clean
+.PHONY: help install assets demo test lint format native sanitize resources clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
@@ -27,6 +28,7 @@ help:
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
 	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
+	@echo "make resources compile every Triton kernel, with every configuration that ships, for GPUs that need not be here"
 	@echo "make clean    remove what the targets above made"
 
 $(PY):
@@ -80,6 +82,12 @@ native: $(DEPS)
 # The extension goes to build/sanitize; the installed one stays. SANITIZE_ARGS: pytest's, instead of all tests.
 sanitize: install
 	$(PY) tests/sanitize.py $(SANITIZE_ARGS)
+
+# Registers, spills and shared memory (some minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
+# needed when a kernel has changed; --only REGEX.
+resources: install
+	$(PY) -m tests.triton_resources $(RESOURCES_ARGS)
+	$(PY) -m tests.triton_resources --entries
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton backend would launch on a GPU, and what its compiler makes of it, on a machine that has none.
 
-Host code runs for an architecture over tensors that have shapes and strides, but no memory, so reading a value raises. Compiling needs a process without TRITON_INTERPRET (Triton reads it where a kernel is defined),
-so tests run ``python -m tests.triton_resources``.
+Host code runs for an architecture over tensors that have shapes and strides, but no memory, so reading a value raises.
+Compiling needs a process without TRITON_INTERPRET, which Triton reads where a kernel is defined, so tests run ``python
+-m tests.triton_resources``.
 """
 
 from __future__ import annotations
