@@ -7,7 +7,6 @@ that a clock that drifts drifts for all of them. What ships stays unless a candi
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -95,9 +94,11 @@ def tunables(ops: Sequence[str], kernels: Sequence[str]) -> list[tuple[str, Any]
     """
     found: list[tuple[str, Any]] = []
     missing = {op: _registry.available_backends(op)["triton"] for op in _registry.OPS}
-    for op in (op for op, why in missing.items() if not why):
-        module = importlib.import_module(f"softprompt_fast.backends.triton.{op}")
-        found += ((op, tunable) for tunable in module.TUNABLES.values())
+    here = [op for op, why in missing.items() if not why]
+    if here:
+        from softprompt_fast.backends.triton._tunables import TUNABLES
+
+        found = [(op, tunable) for op in here for tunable in TUNABLES[op].values()]
     if not found:
         raise NoDeviceError("; ".join(dict.fromkeys(reason for why in missing.values() for reason in why)))
     for what, asked, known in (

@@ -4,7 +4,6 @@ a clock that is made up."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +18,11 @@ pytest.importorskip("triton")
 from softprompt_fast import ops, tune
 from softprompt_fast.backends._registry import OPS, available_backends
 from softprompt_fast.backends.triton import _runtime, _tuning, merge_states
+from softprompt_fast.backends.triton._tunables import TUNABLES
+from tests import triton_offline
 
 SERVED = [op for op in OPS if not available_backends(op)["triton"]]
-TUNABLES = [
-    pytest.param(op, t, id=f"{op}-{t.kernel}")
-    for op in SERVED
-    for t in importlib.import_module(f"softprompt_fast.backends.triton.{op}").TUNABLES.values()
-]
+EVERY = [pytest.param(op, t, id=f"{op}-{t.kernel}") for op in SERVED for t in TUNABLES[op].values()]
 FILES = sorted(_tuning.SHIPPED.rglob("*.json"))
 CPU = torch.device("cpu")
 
@@ -52,12 +49,11 @@ def save(folder: Path, place: str, op: str, content: Any) -> None:
 def test_a_table_is_sorted_and_serves_a_known_kernel(path: Path) -> None:
     table = _tuning.table(_tuning.SHIPPED, path.parent.name, path.stem)
     assert path.read_text() == _tuning.dump(table), "python -m tests.triton_resources --format sorts the tables"
-    module = importlib.import_module(f"softprompt_fast.backends.triton.{path.stem}")
     for kernel, keys in table.items():
-        assert set(keys) <= set(module.TUNABLES[kernel].keys), kernel
+        assert set(keys) <= set(TUNABLES[path.stem][kernel].keys), kernel
 
 
-@pytest.mark.parametrize(("op", "tunable"), TUNABLES)
+@pytest.mark.parametrize(("op", "tunable"), EVERY)
 @pytest.mark.parametrize("place", ["default", "interpreter"])
 def test_two_places_are_complete(op: str, tunable: _tuning.Tunable, place: str) -> None:
     """The default, which every other falls back on, and the interpreter's, whose blocks are small."""
@@ -65,7 +61,7 @@ def test_two_places_are_complete(op: str, tunable: _tuning.Tunable, place: str) 
     assert not set(tunable.keys) - set(table.get(tunable.kernel, {}))
 
 
-@pytest.mark.parametrize(("op", "tunable"), TUNABLES)
+@pytest.mark.parametrize(("op", "tunable"), EVERY)
 def test_all_configurations_of_a_key_say_the_same_things(op: str, tunable: _tuning.Tunable) -> None:
     """No place leaves out what a kernel needs, or names what it does not know; nor does a candidate."""
     for key in tunable.keys:
@@ -76,6 +72,23 @@ def test_all_configurations_of_a_key_say_the_same_things(op: str, tunable: _tuni
             config = _tuning.table(_tuning.SHIPPED, place, op).get(tunable.kernel, {}).get(key, shipped)
             assert config.keys() == shipped.keys(), (place, key)
         assert all(c.keys() == shipped.keys() for c in candidates), key
+
+
+@pytest.mark.parametrize(("op", "tunable"), EVERY)
+def test_a_problem_is_one_of_its_key(op: str, tunable: _tuning.Tunable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call asks for that key of that kernel, so what is measured is what the key stands for."""
+    asked: list[tuple[str, str]] = []
+    choose = _tuning.configuration
+
+    def spy(op: str, kernel: str, key: str, places: tuple[str, ...]) -> dict[str, Any]:
+        asked.append((kernel, key))
+        return choose(op, kernel, key, places)
+
+    monkeypatch.setattr(_tuning, "configuration", spy)
+    for key in tunable.keys:
+        asked.clear()
+        launches = triton_offline.record(lambda key=key: tunable.problem(key, torch.device("meta"))(), "sm_90")
+        assert launches and (tunable.kernel, key) in asked, key
 
 
 # ---- which one is picked ----------------------------------------------------------------------------------------
@@ -232,7 +245,7 @@ def test_only_what_is_better_is_written(own: Path) -> None:
 
 def test_which_kernels_are_asked_for() -> None:
     everything = [(op, t.kernel) for op, t in tune.tunables([], [])]
-    assert everything == [(p.values[0], p.values[1].kernel) for p in TUNABLES]
+    assert everything == [(p.values[0], p.values[1].kernel) for p in EVERY]
     assert [(op, t.kernel) for op, t in tune.tunables(["merge_states"], ["backward"])] == [
         ("merge_states", "backward")
     ]

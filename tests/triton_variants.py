@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softprompt_fast.backends._registry import OPS
 from softprompt_fast.backends.triton import _tuning
+from softprompt_fast.backends.triton._tunables import TUNABLES
 from tests.triton_offline import ARCHITECTURES, SHARED_LIMIT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -264,8 +265,8 @@ def entries() -> dict[str, tuple[str, Callable[[], object]]]:
             continue  # the interpreter compiles nothing, a device's own table was written where it ran
         for op in filter(present, OPS):
             for kernel, keys in _tuning.table(_tuning.SHIPPED, place, op).items():
-                tunable = getattr(backend(op), "TUNABLES", {}).get(kernel)
-                for key, config in keys.items() if tunable is not None else ():
+                tunable = TUNABLES[op][kernel]
+                for key, config in keys.items():
                     found[f"{place} {op} {kernel} {key}"] = arch, partial(_entry, op, tunable, key, config)
     return found
 

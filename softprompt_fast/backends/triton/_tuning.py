@@ -45,7 +45,7 @@ Table = dict[str, dict[str, dict[str, Any]]]  # kernel -> key -> configuration
 
 @dataclass(frozen=True)
 class Tunable:
-    """How one kernel is tuned; an op's module lists its own as ``TUNABLES``, by the kernel's name in the tables."""
+    """How one kernel is tuned: see :mod:`._tunables`, which has one for each."""
 
     kernel: str
     # Every key that a table may be asked for.

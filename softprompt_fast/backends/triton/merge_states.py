@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -65,33 +62,6 @@ def _launch(kernel: Any, name: str, out: Tensor, states: tuple[Tensor, ...], **f
 
 def _strides(x: Tensor, dimensions: int) -> tuple[int, ...]:
     return (*(0,) * (dimensions - x.dim()), *x.stride())
-
-
-def _problem(kernel: str, key: str, device: torch.device) -> Callable[[], Sequence[Tensor]]:
-    """States of 192 MiB or so an output, as prefix_attention makes them: views of [B, S, H, D] memory."""
-    size, bits = (int(x) for x in re.findall(r"\d+", key))
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
-    shape = 16, 3 * 2**26 // (16 * 32 * size * (bits // 8)), 32, size
-    out_a, out_b, grad = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(3))
-    lse_a, lse_b, grad_lse = (torch.randn(out_a.shape[:-1], device=device) for _ in range(3))
-    if kernel == "forward":
-        return lambda: forward(out_a, lse_a, out_b, lse_b)
-    lse = torch.logaddexp(lse_a, lse_b)
-    return lambda: backward(grad, grad_lse, out_a, lse_a, out_b, lse_b, lse)
-
-
-def _tunable(kernel: str) -> _tuning.Tunable:
-    return _tuning.Tunable(
-        kernel,
-        [tuning_key(size, bytes_) for size in (16, 32, 64, 128, 256) for bytes_ in (2, 4)],
-        lambda key: [
-            {"BLOCK_ROWS": rows, "num_warps": warps} for rows in (4, 8, 16, 32, 64, 128) for warps in (2, 4, 8)
-        ],
-        partial(_problem, kernel),
-    )
-
-
-TUNABLES = {kernel: _tunable(kernel) for kernel in ("forward", "backward")}
 
 
 @triton.jit
