@@ -73,9 +73,17 @@ def _merge_states_tunable(kernel: str) -> Tunable:
 
 
 def _attention(
-    size: int, bits: int, device: torch.device, *, batch: int, queries: int, own: int, prefix: int, mixed: bool = False,
+    size: int,
+    bits: int,
+    device: torch.device,
+    *,
+    batch: int,
+    queries: int,
+    own: int,
+    prefix: int,
+    mixed: bool = False,
     prefix_bits: int | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The op's arguments up to bias, and those about a quantised prefix."""
     make = partial(torch.randn, dtype=_dtype(bits), device=device)
     query = make(batch, queries, Q_HEADS, size).transpose(1, 2)
