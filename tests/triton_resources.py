@@ -107,10 +107,10 @@ def tasks(entries: bool) -> Iterator[tuple[str, str]]:
 def compiled(task: tuple[str, str]) -> Rows:
     title, arch = task
     calls = {v.title: v.call for v in triton_variants.variants()}
-    calls |= {name: call for name, (_, call) in triton_variants.entries().items()}
+    call = calls[title] if title in calls else triton_variants.entries()[title][1]
     rows: Rows = {}
     seen: set[str] = set()
-    for launch in triton_offline.record(calls[title], arch):
+    for launch in triton_offline.record(call, arch):
         key = triton_offline.specialisation(launch, arch)
         if key in seen:
             continue

@@ -189,19 +189,25 @@ def prompt_concat(mode: str, *, ids: bool = True, ragged: bool = False, dtype: t
 
 
 def _prompt_qkv() -> Iterator[Variant]:
-    for name, dtype, options in (
-        ("rms", "bf16", {}),
-        ("rms", "fp32", {}),
-        ("layer bias interleaved", "bf16", {"norm": "layer", "interleaved": True}),
-        ("hidden states", "bf16", {"concat": False}),
+    decode = {"concat": False, "own": 1}
+    for form, name, dtype, options in (
+        ("one_kernel", "rms", "bf16", {}),
+        ("one_kernel", "decode rms", "bf16", decode),
+        ("one_kernel", "decode rms", "fp32", decode),
+        ("one_kernel", "decode layer bias interleaved", "bf16", {**decode, "norm": "layer", "interleaved": True}),
+        ("composed", "rms", "bf16", {}),
+        ("composed", "rms", "fp32", {}),
+        ("composed", "layer bias interleaved", "bf16", {"norm": "layer", "interleaved": True}),
+        ("composed", "hidden states rms", "bf16", {"concat": False}),
+        ("backward", "rms", "bf16", {}),
+        ("backward", "layer interleaved", "bf16", {"norm": "layer", "interleaved": True}),
     ):
-        for form in ("one_kernel", "composed"):
-            yield Variant(
-                "prompt_qkv",
-                f"{form} {name} {dtype}",
-                lambda f=form, t=DTYPES[dtype], o=options: prompt_qkv(f, t, **o),
-                products=form == "one_kernel" and dtype != "fp32",
-            )
+        yield Variant(
+            "prompt_qkv",
+            f"{form} {name} {dtype}",
+            lambda f=form, t=DTYPES[dtype], o=options: prompt_qkv(f, t, **o),
+            products=form == "one_kernel" and dtype != "fp32",
+        )
 
 
 def prompt_qkv(
@@ -228,6 +234,12 @@ def prompt_qkv(
     gain, shift = torch.empty(HIDDEN, dtype=dtype), torch.empty(HIDDEN, dtype=dtype) if layer else None
     cos, sin = (torch.empty(1, length, head_dim, dtype=dtype) for _ in range(2))
     run = getattr(backend("prompt_qkv"), form)
+    if form == "backward":
+        grads = [torch.empty(ROWS, length, n, head_dim, dtype=dtype).transpose(1, 2) for n in heads]
+        residual = torch.empty(ROWS, length, HIDDEN, dtype=dtype)
+        tokens, _, *rest = start[:9]
+        numbers = (weights, q_heads, kv_heads, norm, gain, 0.0, 1e-6, cos, sin, interleaved)
+        return run(*grads, residual, residual, tokens, *rest, True, *numbers)
     return run(
         *start, weights, biases, q_heads, kv_heads, norm, gain, shift, 0.0, 1e-6, cos, sin, interleaved
     )  # fmt: skip

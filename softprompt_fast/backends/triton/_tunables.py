@@ -223,6 +223,60 @@ def _prompt_concat_tunable(kernel: str) -> Tunable:
     return Tunable(kernel, ("16bit", "32bit"), candidates, partial(_prompt_concat, kernel))
 
 
+# ---- prompt_qkv -------------------------------------------------------------------------------------------------
+
+
+def _prompt_qkv(form: str, key: str, device: torch.device) -> Call:
+    """One kernel: a decode step of 64 rows, or their prefill. Around the library's products: gathered rows."""
+    bits = _numbers(key)[-1]
+    make = partial(torch.randn, dtype=_dtype(bits), device=device)
+    width = _numbers(key)[0] if key.startswith("h") else HIDDEN
+    head_dim = _numbers(key)[0] if key.startswith("d") else 128
+    hidden = make(64, 1 if key.startswith("few") else 256, width)
+    weights = [make(heads * head_dim, width) for heads in (Q_HEADS, KV_HEADS, KV_HEADS)]
+    gain = make(width)
+    cos, sin = (make(1, hidden.shape[1], head_dim) for _ in range(2))
+    nothing = (None, None, None, None)
+    module = _backend("prompt_qkv")
+    if form == "backward":
+        heads = [make(64, 256, n, head_dim).transpose(1, 2) for n in (Q_HEADS, KV_HEADS, KV_HEADS)]
+        rest = (weights, Q_HEADS, KV_HEADS, "rms", gain, 0.0, 1e-6, cos, sin, False)
+        return lambda: module.backward(*heads, hidden, hidden, hidden, *nothing, 0, 1.0, 1.0, True, *rest)[:1]
+    start = (hidden, None, *nothing, 0, 1.0, 1.0, hidden.dtype, True)
+    rest = (weights, [], Q_HEADS, KV_HEADS, "rms", gain, None, 0.0, 1e-6, cos, sin, False)
+    return lambda: getattr(module, form)(*start, *rest)
+
+
+def _one_kernel_candidates(key: str) -> list[dict[str, Any]]:
+    rows = (16, 32, 64) if key.startswith("few") else (64, 128)
+    tiles = {"BLOCK_N": (16, 32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
+    return _varied("prompt_qkv", "one_kernel", key, BLOCK_M=rows, **tiles)
+
+
+def _rows(kernel: str) -> Callable[[str], list[dict[str, Any]]]:
+    """Kernels that pass over rows once."""
+
+    def candidates(key: str) -> list[dict[str, Any]]:
+        shipped = _tuning.table(_tuning.SHIPPED, "default", "prompt_qkv")[kernel][key]["BLOCK_ROWS"]
+        rows = sorted({max(1, shipped // 4), max(1, shipped // 2), shipped, 2 * shipped, 4 * shipped})
+        return _varied("prompt_qkv", kernel, key, BLOCK_ROWS=rows, num_warps=(2, 4, 8, 16))
+
+    return candidates
+
+
+_WIDTH_KEYS = tuple(f"h{256 << i}-{bits}bit" for i in range(7) for bits in (16, 32))
+_PROMPT_QKV = (
+    Tunable(
+        "one_kernel",
+        tuple(f"{mode}-{bits}bit" for mode in ("few", "many") for bits in (16, 32)),
+        _one_kernel_candidates,
+        partial(_prompt_qkv, "one_kernel"),
+    ),
+    Tunable("normalise", _WIDTH_KEYS, _rows("normalise"), partial(_prompt_qkv, "composed")),
+    Tunable("normalise_backward", _WIDTH_KEYS, _rows("normalise_backward"), partial(_prompt_qkv, "backward")),
+    Tunable("turn", _HEAD_KEYS, _rows("turn"), partial(_prompt_qkv, "composed")),
+)
+
 # op -> kernel, as the tables name it -> how to tune it
 TUNABLES: dict[str, dict[str, Tunable]] = {
     op: {tunable.kernel: tunable for tunable in tunables}
@@ -230,6 +284,6 @@ TUNABLES: dict[str, dict[str, Tunable]] = {
         "prefix_attention": _PREFIX_ATTENTION,
         "merge_states": [_merge_states_tunable(kernel) for kernel in ("forward", "backward")],
         "prompt_concat": [_prompt_concat_tunable(k) for k in ("forward", "backward_prompt", "backward_tokens")],
-        "prompt_qkv": (),
+        "prompt_qkv": _PROMPT_QKV,
     }.items()
 }
