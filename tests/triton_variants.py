@@ -96,6 +96,8 @@ def _prefix_attention() -> Iterator[Variant]:
         yield variant(" all options", mode, 128, "bf16", **OPTIONS)
     for mode in ("prefill", "decode"):
         yield variant(" int8 prefix", mode, 128, "bf16", prefix_dtype=torch.int8)
+        e4m3 = torch.float8_e4m3fn
+        yield variant(" e4m3 prefix", mode, 128, "bf16", "sm_90", "sm_100", prefix_dtype=e4m3)
     # One row, and few heads: other tiles.
     yield variant(" one row", "decode", 128, "bf16", batch=1)
     yield variant(" padded", "prefill", 128, "bf16", padded=True)

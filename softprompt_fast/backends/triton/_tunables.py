@@ -240,8 +240,8 @@ def _prompt_qkv(form: str, key: str, device: torch.device) -> Call:
     module = _backend("prompt_qkv")
     if form == "backward":
         heads = [make(64, 256, n, head_dim).transpose(1, 2) for n in (Q_HEADS, KV_HEADS, KV_HEADS)]
-        rest = (weights, Q_HEADS, KV_HEADS, "rms", gain, 0.0, 1e-6, cos, sin, False)
-        return lambda: module.backward(*heads, hidden, hidden, hidden, *nothing, 0, 1.0, 1.0, True, *rest)[:1]
+        frozen = (weights, Q_HEADS, KV_HEADS, "rms", gain, 0.0, 1e-6, cos, sin, False)
+        return lambda: module.backward(*heads, hidden, hidden, hidden, *nothing, 0, 1.0, 1.0, True, *frozen)[:1]
     start = (hidden, None, *nothing, 0, 1.0, 1.0, hidden.dtype, True)
     rest = (weights, [], Q_HEADS, KV_HEADS, "rms", gain, None, 0.0, 1e-6, cos, sin, False)
     return lambda: getattr(module, form)(*start, *rest)
