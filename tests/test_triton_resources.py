@@ -65,6 +65,12 @@ def test_the_table_has_a_row_for_every_variant_and_no_other() -> None:
     assert {tuple(name.split(" | ")[:2]) for name in table} == set(triton_resources.tasks(entries=False))
 
 
+def test_the_document_shows_the_table() -> None:
+    text = triton_resources.DOCUMENT.read_text(encoding="utf-8")
+    _, table = triton_resources.read()
+    assert text == triton_resources.documented(text, triton_resources.in_brief(table)), REWRITE
+
+
 def test_every_op_has_variants() -> None:
     ops = {v.op for v in triton_variants.variants()}
     assert ops == {op for op in triton_variants.OPS if triton_variants.present(op)}

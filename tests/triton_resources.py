@@ -26,6 +26,7 @@ from softprompt_fast.backends.triton import _tuning
 from tests import triton_offline, triton_variants
 
 TABLE = Path(__file__).with_suffix(".json")
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 REWRITE = "python -m tests.triton_resources --write"
 
 Rows = dict[str, list[Any]]  # "variant | architecture | kernel" -> a value per column
@@ -46,6 +47,26 @@ def write(rows: Rows) -> None:
     columns = json.dumps(triton_offline.COLUMNS)
     head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "columns": {columns},\n "rows": {{\n'
     TABLE.write_text(f"{head}{lines}\n }}\n}}\n", encoding="utf-8")
+
+
+def in_brief(rows: Rows) -> str:
+    """The table of docs/kernels.md."""
+    lines = ["| call | kernel | registers | shared | warps | tensor cores |", "|---|---|---|---|---|---|"]
+    for name in sorted(rows, key=_natural):
+        title, arch, kernel = name.split(" | ")
+        if arch == "sm_90" and " bf16" in title and (" d128 " in title or " d" not in title):
+            registers, _, shared, warps, units = rows[name]
+            lines.append(
+                f"| {title} | `{kernel}` | {registers} | {shared / 1024:.0f} KB | {warps} | {units or 'none'} |"
+            )
+    return "\n".join(lines)
+
+
+def documented(text: str, brief: str) -> str:
+    """docs/kernels.md with another table."""
+    start, end = "<!-- resources -->\n", "<!-- /resources -->"
+    before, _, rest = text.partition(start)
+    return f"{before}{start}{brief}\n{end}{rest.partition(end)[2]}"
 
 
 def beyond_limits(rows: Rows) -> list[str]:
@@ -182,6 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
                 {name: row for name, row in table.items() if not re.search(options.only, name)} if options.only else {}
             )
             write(kept | rows)
+            DOCUMENT.write_text(
+                documented(DOCUMENT.read_text(encoding="utf-8"), in_brief(kept | rows)), encoding="utf-8"
+            )
         elif version == triton.__version__:
             wanted = {name: row for name, row in table.items() if re.search(options.only, name)}
             if changes := differences(rows, wanted):

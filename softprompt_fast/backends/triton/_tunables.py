@@ -243,8 +243,8 @@ def _prompt_qkv(form: str, key: str, device: torch.device) -> Call:
         frozen = (weights, Q_HEADS, KV_HEADS, "rms", gain, 0.0, 1e-6, cos, sin, False)
         return lambda: module.backward(*heads, hidden, hidden, hidden, *nothing, 0, 1.0, 1.0, True, *frozen)[:1]
     start = (hidden, None, *nothing, 0, 1.0, 1.0, hidden.dtype, True)
-    rest = (weights, [], Q_HEADS, KV_HEADS, "rms", gain, None, 0.0, 1e-6, cos, sin, False)
-    return lambda: getattr(module, form)(*start, *rest)
+    layer = (Q_HEADS, KV_HEADS, "rms", gain, None, 0.0, 1e-6, cos, sin, False)
+    return lambda: getattr(module, form)(*start, weights, [], *layer)
 
 
 def _one_kernel_candidates(key: str) -> list[dict[str, Any]]:
