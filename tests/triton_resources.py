@@ -54,11 +54,10 @@ def in_brief(rows: Rows) -> str:
     lines = ["| call | kernel | registers | shared | warps | tensor cores |", "|---|---|---|---|---|---|"]
     for name in sorted(rows, key=_natural):
         title, arch, kernel = name.split(" | ")
-        if arch == "sm_90" and " bf16" in title and (" d128 " in title or " d" not in title):
+        if arch == "sm_90" and " bf16" in title and set(re.findall(r" (d\d+) ", title)) <= {"d128"}:
             registers, _, shared, warps, units = rows[name]
-            lines.append(
-                f"| {title} | `{kernel}` | {registers} | {shared / 1024:.0f} KB | {warps} | {units or 'none'} |"
-            )
+            columns = title, f"`{kernel}`", registers, f"{shared / 1024:.0f} KB", warps, units or "none"
+            lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
 
 
@@ -203,9 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
                 {name: row for name, row in table.items() if not re.search(options.only, name)} if options.only else {}
             )
             write(kept | rows)
-            DOCUMENT.write_text(
-                documented(DOCUMENT.read_text(encoding="utf-8"), in_brief(kept | rows)), encoding="utf-8"
-            )
+            text = documented(DOCUMENT.read_text(encoding="utf-8"), in_brief(kept | rows))
+            DOCUMENT.write_text(text, encoding="utf-8")
         elif version == triton.__version__:
             wanted = {name: row for name, row in table.items() if re.search(options.only, name)}
             if changes := differences(rows, wanted):
