@@ -83,6 +83,8 @@ def _attention(
     prefix: int,
     mixed: bool = False,
     prefix_bits: int | None = None,
+    bias: bool = False,
+    options: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The op's arguments up to bias, and those about a quantised prefix."""
     make = partial(torch.randn, dtype=_dtype(bits), device=device)
@@ -99,22 +101,26 @@ def _attention(
     if mixed:
         offsets = torch.arange(0, prefix + 1, prefix // 4, dtype=torch.int32, device=device)
         index = torch.arange(batch, dtype=torch.int32, device=device) % 4
-    lengths = (offsets, index, None, None, None)
-    return (query, key, value, prefix_key, prefix_value, *lengths, size**-0.5, True, None, None, None, None), scales
+    window, softcap = (256, 30.0) if options else (None, None)
+    slopes = make(1, Q_HEADS, 1, prefix + own) if bias else None
+    tensors = (query, key, value, prefix_key, prefix_value, offsets, index, None, None, None)
+    return (*tensors, size**-0.5, True, window, softcap, None, slopes), scales
 
 
 def _prefill(key: str, device: torch.device) -> Call:
     size, bits, *prefix_bits = _numbers(key)
+    lengths: dict[str, Any] = {"batch": 16, "queries": 512, "own": 512, "prefix": 512}
     arguments, scales = _attention(
-        size, bits, device, batch=16, queries=512, own=512, prefix=512, prefix_bits=next(iter(prefix_bits), None)
+        size, bits, device, **lengths, prefix_bits=next(iter(prefix_bits), None), bias=key.endswith("-bias")
     )
     return lambda: _backend("prefix_attention").forward(*arguments, *scales)
 
 
-def _decode(key: str, device: torch.device, mixed: bool = False) -> Call:
-    """Rows for tiles of the key's height, four grouped heads each; a step of each reads more than caches hold."""
+def _decode(key: str, device: torch.device) -> Call:
+    """Rows for tiles of the key's height, four grouped heads each, and for each of four prefixes in general."""
     size, bits, rows = _numbers(key)
-    batch = {16: 4, 32: 8, 64: 16}.get(rows, 64)
+    mixed = key.endswith("-general")
+    batch = (rows if rows < 128 else 256) // 4 * (4 if mixed else 1)
     arguments, scales = _attention(
         size, bits, device, batch=batch, queries=1, own=16384 // batch, prefix=4096, mixed=mixed
     )
@@ -123,7 +129,9 @@ def _decode(key: str, device: torch.device, mixed: bool = False) -> Call:
 
 def _backward(key: str, device: torch.device) -> Call:
     size, bits = _numbers(key)
-    arguments, _ = _attention(size, bits, device, batch=16, queries=512, own=512, prefix=512)
+    size -= 4 if key.endswith("-odd") else 0
+    lengths: dict[str, Any] = {"batch": 16, "queries": 512, "own": 512, "prefix": 512}
+    arguments, _ = _attention(size, bits, device, **lengths, options=key.endswith("-options"))
     module = _backend("prefix_attention")
     out, lse = module.forward(*arguments)
     grad = torch.randn(16, 512, Q_HEADS, size, dtype=out.dtype, device=device).transpose(1, 2)
@@ -158,13 +166,13 @@ def _decode_candidates(key: str) -> list[dict[str, Any]]:
 _PREFIX_ATTENTION = (
     Tunable(
         "prefill",
-        tuple(f"{key}{end}" for key in _HEAD_KEYS for end in ("", "-prefix8bit")),
+        tuple(f"{key}{end}" for key in _HEAD_KEYS for end in ("", "-prefix8bit", "-bias")),
         _tiles("prefill"),
         _prefill,
     ),
     Tunable(
         "decode",
-        tuple(f"{key}-m{rows}" for key in _HEAD_KEYS for rows in (16, 32, 64, 128)),
+        tuple(f"{key}-m{n}{end}" for key in _HEAD_KEYS for n in (16, 32, 64, 128) for end in ("", "-general")),
         _decode_candidates,
         _decode,
     ),
@@ -178,7 +186,7 @@ _PREFIX_ATTENTION = (
         "plan",
         ("any",),
         lambda key: _varied("prefix_attention", "plan", key, BLOCK=(16, 32, 64, 128), num_warps=(1, 2, 4)),
-        lambda key, device: _decode("d128-16bit-m128", device, mixed=True),
+        lambda key, device: _decode("d128-16bit-m128-general", device),
     ),
     Tunable(
         "backward_sums",
@@ -187,7 +195,12 @@ _PREFIX_ATTENTION = (
         _backward,
     ),
     *(
-        Tunable(kernel, _HEAD_KEYS, _tiles(kernel), _backward)
+        Tunable(
+            kernel,
+            tuple(f"{k}{end}" for k in _HEAD_KEYS for end in ("", "-options", "-odd")),
+            _tiles(kernel),
+            _backward,
+        )
         for kernel in ("backward_query", "backward_own", "backward_prefix")
     ),
 )
