@@ -9,6 +9,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
+RESOURCES_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -19,7 +20,7 @@ BUILD := $(VENV)/.stamp-build
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test lint format native sanitize gpu clean
+.PHONY: help install assets demo test lint format native sanitize resources gpu clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
@@ -29,6 +30,7 @@ help:
 	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
 	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
 	@echo "make gpu      build, test and measure on a GPU, with the packages that PYTHON has (9 minutes at most)"
+	@echo "make resources compile every Triton kernel, with every configuration that ships, for GPUs that need not be here"
 	@echo "make clean    remove what the targets above made"
 
 $(PY):
@@ -86,6 +88,12 @@ sanitize: install
 # With PYTHON and what it finds, no environment of its own: such machines have no network. GPU_ARGS: see --help.
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+
+# Registers, spills and shared memory (some minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
+# needed when a kernel has changed; --only REGEX.
+resources: install
+	$(PY) -m tests.triton_resources $(RESOURCES_ARGS)
+	$(PY) -m tests.triton_resources --entries
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

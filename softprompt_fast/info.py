@@ -26,8 +26,10 @@ def collect() -> dict[str, Any]:
 
     Keys: ``version``; ``python``; ``platform``; ``packages`` (name -> version or None); ``torch`` (CUDA version, CPU
     capability, threads, devices); ``extension`` (loaded, reason, build, and cpu_isa, the instruction set whose kernels
-    run, None without the extension); ``cpu_features``; ``backend`` (what SOFTPROMPT_FAST_BACKEND asks for, None if it
-    is not set); ``ops`` (op -> backend -> list of reasons why it can't run here; an empty list means that it can).
+    run, None without the extension); ``cpu_features``; ``triton`` (serves here, reason, and tables, op -> the first
+    file that the current GPU's block sizes come from, empty without one); ``backend`` (what SOFTPROMPT_FAST_BACKEND
+    asks for, None if it is not set); ``ops`` (op -> backend -> list of reasons why it can't run here; an empty list
+    means that it can).
     """
     import torch
 
@@ -48,6 +50,28 @@ def collect() -> dict[str, Any]:
         },
         "extension": {"loaded": loaded, "reason": reason, "build": native.build_info(), "cpu_isa": native.cpu_isa()},
         "cpu_features": native.cpu_features(),
+        "triton": _triton(),
         "backend": os.environ.get(_registry.ENVIRONMENT_VARIABLE),
         "ops": {op: _registry.available_backends(op) for op in _registry.OPS},
+    }
+
+
+def _triton() -> dict[str, Any]:
+    import torch
+
+    from softprompt_fast.backends import _registry
+
+    try:
+        from softprompt_fast.backends.triton import _runtime, _tuning
+    except ImportError as error:
+        return {"serves": False, "reason": str(error), "tables": {}}
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if why := _runtime.refusals(torch.empty(0, device=device)):
+        return {"serves": False, "reason": "; ".join(why), "tables": {}}
+    places = _runtime.places(device)
+    here = [op for op in _registry.OPS if not _registry.available_backends(op)["triton"]]
+    return {
+        "serves": True,
+        "reason": f"for {device}" + (", interpreted" if _runtime.INTERPRETED else ""),
+        "tables": {op: _tuning.served_by(op, places) for op in here},
     }

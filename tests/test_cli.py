@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel, __version__
+from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel, __version__, info
 from softprompt_fast.backends import _registry
 from softprompt_fast.cli._session import Exit
 from softprompt_fast.cli.app import app
@@ -93,7 +93,7 @@ def assert_failed(result: Result, code: Exit, *parts: str) -> None:
 def test_version_and_help():
     assert call("--version").stdout == f"softprompt-fast {__version__}\n"
     shown = " ".join(call("--help").stdout.split())
-    for command in ("demo", "compile", "generate", "info"):
+    for command in ("demo", "compile", "generate", "info", "tune"):
         assert command in shown
         assert "Exit codes: 0 done" in " ".join(call(command, "--help").stdout.split())
     assert "Exit codes: 0 done" in shown
@@ -116,8 +116,10 @@ def test_info(monkeypatch: pytest.MonkeyPatch):
     assert found["ops"] == {op: _registry.available_backends(op) for op in _registry.OPS}
     assert found["ops"]["prefix_attention"]["torch"] == []
     assert found["extension"]["loaded"] in (True, False) and found["extension"]["reason"]
+    tables = found["triton"]["tables"]  # in this process, for the interpreter
+    assert found["triton"]["serves"] == bool(tables) and all(Path(path).is_file() for path in tables.values())
     text = call("info").stdout
-    for name in (*_registry.OPS, *_registry.BACKENDS, "CPU features", "extension"):
+    for name in (*_registry.OPS, *_registry.BACKENDS, "CPU features", "extension", "Triton kernels"):
         assert name in text
 
 
@@ -235,6 +237,20 @@ def test_two_kinds_of_8_bits(adapters: dict[str, Path], tmp_path: Path):
 def test_wrong_dtype(adapters: dict[str, Path], tmp_path: Path):
     result = call("compile", adapters["a"], "--base", "x", "-o", tmp_path, "--dtype", "int8")
     assert_failed(result, Exit.USAGE, "--dtype", "expected float32, bfloat16 or float16", "'int8'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tune would run")
+def test_tune_without_a_gpu(tmp_path: Path):
+    result = call("tune", "--op", "merge_states", "-o", tmp_path, "--json")
+    assert_failed(result, Exit.UNEXPECTED, "the GPU at hand" if info.collect()["triton"]["serves"] else "triton")
+    assert json.loads(result.stdout)["exit_code"] == 1 and not list(tmp_path.iterdir())
+
+
+def test_tune_of_what_is_not_there():
+    pytest.importorskip("triton")
+    assert_failed(call("tune", "--op", "attention"), Exit.INPUT, "op: expected", "merge_states", "found attention")
+    wrong = call("tune", "--op", "merge_states", "--kernel", "x")
+    assert_failed(wrong, Exit.INPUT, "kernel: expected forward, backward, found x")
 
 
 def test_missing_folders(base: Path, adapters: dict[str, Path], tmp_path: Path):

@@ -26,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules from the top: each imports from its own line and from those below, never from above.
 LAYERS = (
     ("cli",),
-    ("demo", "info"),
+    ("demo", "info", "tune"),
     ("wrap",),
     ("model", "encoder"),
     ("prompted",),

@@ -27,9 +27,9 @@ class Exit(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 unexpected error (a bug); 2 wrong command line; 3 an input does not fit (adapter for "
-    "another base, unknown prompt name, altered file, ...); 4 a file, a download or an optional package is missing or "
-    "can't be read or written; 130 interrupted."
+    "Exit codes: 0 done; 1 unexpected error (a bug), or no GPU to tune for; 2 wrong command line; 3 an input does not "
+    "fit (adapter for another base, unknown prompt name, altered file, ...); 4 a file, a download or an optional "
+    "package is missing or can't be read or written; 130 interrupted."
 )
 
 DEBUG_VARIABLE = "SOFTPROMPT_FAST_DEBUG"
@@ -81,6 +81,7 @@ def session(as_json: bool) -> Iterator[Session]:
 
 def _explain(error: BaseException) -> tuple[Exit, str]:
     from softprompt_fast.backends._registry import BackendError
+    from softprompt_fast.tune import NoDeviceError
 
     # str() of a KeyError is the repr of its message.
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -90,6 +91,8 @@ def _explain(error: BaseException) -> tuple[Exit, str]:
         return Exit.IO, f"{message}; the commands need the extras: pip install 'softprompt-fast[demo]'"
     if isinstance(error, OSError):
         return Exit.IO, message
+    if isinstance(error, NoDeviceError):
+        return Exit.UNEXPECTED, message
     if isinstance(error, (ValueError, LookupError, BackendError)):
         return Exit.INPUT, message
     return Exit.UNEXPECTED, f"unexpected {type(error).__name__}: {message} (set {DEBUG_VARIABLE}=1 for the traceback)"

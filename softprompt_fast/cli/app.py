@@ -182,6 +182,30 @@ def generate(
 
 
 @app.command(epilog=EXIT_CODES)
+def tune(
+    ops: Annotated[list[str] | None, typer.Option("--op", help="Op to tune, may be given several times; all.")] = None,
+    kernels: Annotated[
+        list[str] | None, typer.Option("--kernel", help="Kernel of it, may be given several times; all.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the tables. Left out: where they are looked for, SOFTPROMPT_FAST_TUNED or else "
+            "softprompt_fast/tuned in the user's configuration folder.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the Triton kernels' block sizes on this GPU and write what is faster than what ships."""
+    with session(as_json) as run:
+        from softprompt_fast import tune as tuning
+
+        run.finish(tuning.run(ops or [], kernels or [], output, run.say))
+
+
+@app.command(epilog=EXIT_CODES)
 def info(as_json: Json = False) -> None:
     """Show what is installed and built, and which backend serves which op here or why it doesn't."""
     with session(as_json) as run:
@@ -211,6 +235,9 @@ def _print_info(found: dict[str, Any]) -> None:
     about.add_row("CPU kernels", found["extension"]["cpu_isa"] or "none without the extension")
     usable = [name for name, here in found["cpu_features"].items() if here]
     about.add_row("CPU features", " ".join(usable) or "unknown without the extension")
+    about.add_row("Triton kernels", found["triton"]["reason"])
+    for op, path in found["triton"]["tables"].items():
+        about.add_row("", f"{op}: block sizes of {path}")
     about.add_row("backend asked for", found["backend"] or "auto")
     console.print(about)
 
