@@ -295,10 +295,14 @@ def _prefill(
                     p_v = _at(in_prefix, p_prefix_v, p_own_v, PLACE) + n.to(tl.int64) * stride_v
                     b_v = _tile(p_v, stride_v, stride_d, offs_n, offs_v, keys, V_DIM, EDGES, V_DIM < BLOCK_DV)
                 if PLACE == 1:
-                    b_p *= tl.load(
+                    b_value_scale = tl.load(
                         value_scale + kv_head64 * value_scale_strides[0] + p_scale * value_scale_strides[1],
                         mask=offs_n < keys, other=0.0,
-                    )[None, :]  # fmt: skip
+                    )  # fmt: skip
+                    if b_q.dtype == tl.float16:  # a weight times a small scale would leave its range
+                        b_v = b_v.to(tl.float32) * b_value_scale[:, None]
+                    else:
+                        b_p *= b_value_scale[None, :]
                 b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision=PRECISION)
 
     # A query that saw nothing: zeros over 1, and lse = -inf.
