@@ -52,8 +52,7 @@ def forward(
     # What the output projection reads next: [B, S, Hq, Dv].
     out = query.new_empty(batch, queries, q_heads, v_dim)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
-    quantized = prefix_key_scale is not None
-    tuned = tuning_key(max(head_dim, v_dim), query.element_size(), quantized)
+    tuned = tuning_key(max(head_dim, v_dim), query.element_size(), prefix_key_scale is not None, bias is not None)
     config = _tuning.configuration(OP, "prefill", tuned, _runtime.places(query.device))
     keys: tuple[Any, ...] = (key, value, prefix_key, prefix_value)
     if config["DESCRIPTORS"]:
@@ -82,9 +81,11 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-def tuning_key(head_dim: int, element_size: int, quantized: bool) -> str:
-    """Example: heads of 100 in bfloat16 are tuned as "d128-16bit", and "d128-16bit-prefix8bit" on an int8 prefix."""
-    return f"d{_block(head_dim)}-{8 * element_size}bit" + "-prefix8bit" * quantized
+def tuning_key(head_dim: int, element_size: int, quantized: bool, bias: bool) -> str:
+    """Example: heads of 100 in bfloat16 are tuned as "d128-16bit", as "d128-16bit-prefix8bit" on an 8-bit prefix, and
+    as "d128-16bit-bias" wherever there is a bias, whose tiles want smaller ones beside them."""
+    kind = "-bias" if bias else "-prefix8bit" if quantized else ""
+    return f"d{_block(head_dim)}-{8 * element_size}bit{kind}"
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
@@ -145,7 +146,7 @@ def _descriptor_at(in_prefix, prefix, own, PLACE: tl.constexpr):
     elif PLACE == 2:
         return own
     else:
-        if in_prefix:
+        if in_prefix:  # noqa: SIM108 - Triton's conditional expression takes no descriptors, nor does tl.where
             chosen = prefix
         else:
             chosen = own
