@@ -23,6 +23,8 @@ from softprompt_fast.backends.triton import _runtime, _tuning
 from softprompt_fast.backends.triton._prefix_attention_common import LN2, LOG2E, capped, row_own, row_prefix
 
 OP = "prefix_attention"
+# Stands for a scale of 0, by which a hidden score of -inf must not be multiplied.
+SMALLEST_SCALE = 1e-37
 
 
 def forward(
@@ -69,7 +71,9 @@ def forward(
         query, query.stride(), keys[0], key.stride(), keys[1], value.stride(),
         keys[2], prefix_key.stride(), keys[3], prefix_value.stride(),
         out, lse, prefix_offsets, prefix_index, own_start, own_end, query_start,
-        abs(scale), None if sliding_window is None else min(sliding_window, 1 << 30), softcap, sinks,
+        max(abs(scale), SMALLEST_SCALE),
+        None if sliding_window is None else min(sliding_window, 1 << 30),  # sums with it stay in 32 bits
+        softcap, sinks,
         bias, None if bias is None else bias.expand(*query.shape[:3], -1).stride(),
         prefix_key_scale, None if prefix_key_scale is None else prefix_key_scale.stride(),
         prefix_value_scale, None if prefix_value_scale is None else prefix_value_scale.stride(), prefix_scale_block,
