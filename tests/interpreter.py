@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device
-round to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it
-multiplies matrices of bfloat16 by their bits."""
+round to the nearest, so that results would be off by a unit in the last place and sums of them biased; it multiplies
+matrices of bfloat16 by their bits, and turns integers into such bits."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def round_like_a_gpu() -> None:
             return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         if kinds == (tl.bfloat16, tl.float32):
             return TensorHandle(torch.from_numpy(src.data.copy()).view(torch.bfloat16).float().numpy(), tl.float32)
+        if kinds[1] == tl.bfloat16 and kinds[0].is_int():
+            return cast_impl(self, cast(self, src, tl.float32), dst_type)
         return cast(self, src, dst_type)
 
     dot = InterpreterBuilder.create_dot

@@ -29,6 +29,8 @@ from softprompt_fast.testing import (
 
 _C, _WHY_NOT = native.load()
 BACKENDS = ["torch", *(f"cpu {isa}" for isa in _C.available_isas())] if _C else ["torch", "cpu"]
+# In its arithmetic scales multiply scores and weights instead of entries: equal to rounding, and not to the last bit.
+TO_ROUNDING = pytest.mark.parametrize("backend", [*BACKENDS, "triton"], indirect=True)
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 KINDS = pytest.mark.parametrize("kind", [INT8, E4M3], ids=["int8", "e4m3"])
 
@@ -147,16 +149,18 @@ def test_the_cpu_kernels_have_no_float8() -> None:
     assert torch.equal(ops.prefix_attention(*inputs.tensors, **inputs.options), run(inputs, "torch")[0])
 
 
+@TO_ROUNDING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_that_of_the_floats(name: str, dtype: torch.dtype, backend: str) -> None:
     check_error(make(name, dtype), dtype, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_error_of_float8_is_that_of_the_floats(name: str, dtype: torch.dtype) -> None:
-    check_error(make(name, dtype, kind=E4M3), dtype, "torch")
+def test_error_of_float8_is_that_of_the_floats(name: str, dtype: torch.dtype, backend: str) -> None:
+    check_error(make(name, dtype, kind=E4M3), dtype, backend)
 
 
 def check_error(inputs: AttentionInputs, dtype: torch.dtype, backend: str) -> None:

@@ -31,7 +31,7 @@ from tests.isas import BACKENDS, needs_extension, using
 ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
 
 EXTENSION, _ = native.load()
-NAMES = ["torch", pytest.param("cpu", marks=needs_extension)]
+NAMES = ["torch", pytest.param("cpu", marks=needs_extension), "triton"]
 
 PACKED = {"prefix": 9, "prefix_offsets": [0, 4, 4, 9], "prefix_index": [2, -1, 0]}
 CASES: dict[str, dict] = {

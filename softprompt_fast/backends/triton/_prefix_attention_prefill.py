@@ -10,16 +10,21 @@ visited.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.triton import _runtime, _tuning
 from softprompt_fast.backends.triton._prefix_attention_common import LN2, LOG2E, capped, row_own, row_prefix
 
 OP = "prefix_attention"
+# Stands for a scale of 0, by which a hidden score of -inf must not be multiplied.
+SMALLEST_SCALE = 1e-37
 
 
 def forward(
@@ -49,19 +54,26 @@ def forward(
     # What the output projection reads next: [B, S, Hq, Dv].
     out = query.new_empty(batch, queries, q_heads, v_dim)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
-    quantized = prefix_key_scale is not None
-    config = _tuning.configuration(
-        OP, "prefill", tuning_key(max(head_dim, v_dim), query.element_size(), quantized), _runtime.places(query.device)
-    )
+    tuned = tuning_key(max(head_dim, v_dim), query.element_size(), prefix_key_scale is not None, bias is not None)
+    config = _tuning.configuration(OP, "prefill", tuned, _runtime.places(query.device))
+    keys: tuple[Any, ...] = (key, value, prefix_key, prefix_value)
+    if config["DESCRIPTORS"]:
+        descriptors = [_descriptor(x, config["BLOCK_N"]) for x in keys]
+        if None not in descriptors:
+            keys = tuple(descriptors)
+        else:  # reading by pointers takes more registers, so the tiles have to be others
+            config = {**_tuning.configuration(OP, "prefill", tuned, ("default",)), "DESCRIPTORS": False}
     pairs = batch * kv_heads
     section = heuristics.l2_section(pairs, own * (head_dim + v_dim) * query.element_size())
     blocks = triton.cdiv(queries, config["BLOCK_M"])
     _runtime.launch(
         _prefill, (blocks * q_heads * batch,),
-        query, query.stride(), key, key.stride(), value, value.stride(),
-        prefix_key, prefix_key.stride(), prefix_value, prefix_value.stride(),
+        query, query.stride(), keys[0], key.stride(), keys[1], value.stride(),
+        keys[2], prefix_key.stride(), keys[3], prefix_value.stride(),
         out, lse, prefix_offsets, prefix_index, own_start, own_end, query_start,
-        abs(scale), None if sliding_window is None else min(sliding_window, 1 << 30), softcap, sinks,
+        max(abs(scale), SMALLEST_SCALE),
+        None if sliding_window is None else min(sliding_window, 1 << 30),  # sums with it stay in 32 bits
+        softcap, sinks,
         bias, None if bias is None else bias.expand(*query.shape[:3], -1).stride(),
         prefix_key_scale, None if prefix_key_scale is None else prefix_key_scale.stride(),
         prefix_value_scale, None if prefix_value_scale is None else prefix_value_scale.stride(), prefix_scale_block,
@@ -73,9 +85,23 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-def tuning_key(head_dim: int, element_size: int, quantized: bool) -> str:
-    """Example: heads of 100 in bfloat16 are tuned as "d128-16bit", and "d128-16bit-prefix8bit" on an int8 prefix."""
-    return f"d{_block(head_dim)}-{8 * element_size}bit" + "-prefix8bit" * quantized
+def tuning_key(head_dim: int, element_size: int, quantized: bool, bias: bool) -> str:
+    """Example: heads of 100 in bfloat16 are tuned as "d128-16bit", as "d128-16bit-prefix8bit" on an 8-bit prefix, and
+    as "d128-16bit-bias" wherever there is a bias, whose tiles want smaller ones beside them."""
+    kind = "-bias" if bias else "-prefix8bit" if quantized else ""
+    return f"d{_block(head_dim)}-{8 * element_size}bit{kind}"
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """Of keys or values ``[(B,) Hkv, T, D]``, for tiles of ``rows`` of one head; None where the GPU's copy engine
+    cannot read them: it wants 16-byte addresses and strides, and dense rows."""
+    x = x if x.dim() == 4 else x[None]
+    unit = 16 // x.element_size()
+    # The stride of a dimension of size 1 is never used, and may be anything.
+    strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    if x.numel() == 0 or x.stride(3) != 1 or x.data_ptr() % 16 or any(s % unit or s <= 0 for s in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _block(x.shape[3])])
 
 
 def _block(head_dim: int) -> int:
@@ -117,6 +143,20 @@ def _at(in_prefix, prefix, own, PLACE: tl.constexpr):
         return tl.where(in_prefix, prefix, own)
 
 
+@triton.jit
+def _descriptor_at(in_prefix, prefix, own, PLACE: tl.constexpr):
+    if PLACE == 1:
+        return prefix
+    elif PLACE == 2:
+        return own
+    else:
+        if in_prefix:  # noqa: SIM108 - Triton's conditional expression takes no descriptors, nor does tl.where
+            chosen = prefix
+        else:
+            chosen = own
+        return chosen
+
+
 # Only what changes from call to call, so that a new length compiles nothing new.
 @triton.jit(do_not_specialize=["window", "scale_block", "queries", "packed", "own", "pairs", "section", "bias_prefix"])
 def _prefill(
@@ -128,7 +168,7 @@ def _prefill(
     queries, own, packed, pairs, section, bias_prefix,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, NEGATIVE: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """``pairs`` of a row and a key head, worked on ``section`` at a time (see heuristics.l2_section); within a section
     the last queries first, which see the most keys, and the query heads that share keys side by side."""
@@ -167,10 +207,11 @@ def _prefill(
     prefix_front, prefix_whole, prefix_count = _blocks(prefix_lo, prefix_all_lo, length, length, BLOCK_N)
     own_front, own_whole, own_count = _blocks(own_lo, own_all_lo, own_all_hi, own_hi, BLOCK_N)
 
-    p_prefix_k = prefix_key + kv_head64 * prefix_key_strides[0] + entry.to(tl.int64) * prefix_key_strides[1]
-    p_prefix_v = prefix_value + kv_head64 * prefix_value_strides[0] + entry.to(tl.int64) * prefix_value_strides[1]
-    p_own_k = key + row64 * key_strides[0] + kv_head64 * key_strides[1]
-    p_own_v = value + row64 * value_strides[0] + kv_head64 * value_strides[1]
+    if not DESCRIPTORS:
+        p_prefix_k = prefix_key + kv_head64 * prefix_key_strides[0] + entry.to(tl.int64) * prefix_key_strides[1]
+        p_prefix_v = prefix_value + kv_head64 * prefix_value_strides[0] + entry.to(tl.int64) * prefix_value_strides[1]
+        p_own_k = key + row64 * key_strides[0] + kv_head64 * key_strides[1]
+        p_own_v = value + row64 * value_strides[0] + kv_head64 * value_strides[1]
     if bias is not None:
         p_bias = bias + row64 * bias_strides[0] + q_head64 * bias_strides[1]
         p_bias += (offs_m.to(tl.int64) * bias_strides[2])[:, None]  # [BLOCK_M, 1]
@@ -201,10 +242,15 @@ def _prefill(
                 n = _at(in_prefix, prefix_lo, own_lo, PLACE) + block * BLOCK_N  # its first key
                 keys = _at(in_prefix, length, own_hi, PLACE) - n
 
-                stride_k = _at(in_prefix, prefix_key_strides[1], key_strides[2], PLACE)
-                stride_d = _at(in_prefix, prefix_key_strides[2], key_strides[3], PLACE)
-                p_k = _at(in_prefix, p_prefix_k, p_own_k, PLACE) + n.to(tl.int64) * stride_k
-                b_k = _tile(p_k, stride_k, stride_d, offs_n, offs_d, keys, HEAD_DIM, EDGES, HEAD_DIM < BLOCK_D)
+                if DESCRIPTORS:
+                    # A copy engine reads the tile. What lies behind the keys seen is finite, and zero behind the last.
+                    tile = [_at(in_prefix, 0, row, PLACE), kv_head, _at(in_prefix, entry, 0, PLACE) + n, 0]
+                    b_k = _descriptor_at(in_prefix, prefix_key, key, PLACE).load(tile).reshape(BLOCK_N, BLOCK_D)
+                else:
+                    stride_k = _at(in_prefix, prefix_key_strides[1], key_strides[2], PLACE)
+                    stride_d = _at(in_prefix, prefix_key_strides[2], key_strides[3], PLACE)
+                    p_k = _at(in_prefix, p_prefix_k, p_own_k, PLACE) + n.to(tl.int64) * stride_k
+                    b_k = _tile(p_k, stride_k, stride_d, offs_n, offs_d, keys, HEAD_DIM, EDGES, HEAD_DIM < BLOCK_D)
                 b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
                 # Scores in units of log 2. Where nothing else is done to them, the scale goes into the exponent.
@@ -225,13 +271,14 @@ def _prefill(
                         b_s += b_bias.to(tl.float32) * LOG2E
                     b_scale = 1.0
                 if EDGES:
-                    seen = (offs_n < keys)[None, :]
-                    # Counted over the place's own keys, the query stands here:
-                    place = (position + _at(in_prefix, length - start, 0, PLACE) + offs_m)[:, None]
+                    # Counted as the place's keys are, from this block's first, a query stands here:
+                    b_place = position + _at(in_prefix, length - start, 0, PLACE) + offs_m - n  # [BLOCK_M]
+                    b_end = tl.full([BLOCK_M], 0, tl.int32) + keys
                     if CAUSAL:
-                        seen = seen & ((n + offs_n)[None, :] <= place | in_prefix)
+                        b_end = tl.where(in_prefix, b_end, tl.minimum(b_end, b_place + 1))
+                    seen = offs_n[None, :] < b_end[:, None]
                     if window is not None:
-                        seen = seen & (place - (n + offs_n)[None, :] < window)
+                        seen &= offs_n[None, :] > (b_place - window)[:, None]
                     b_s = tl.where(seen, b_s, float("-inf"))
 
                 b_new = tl.maximum(b_max, tl.max(b_s, 1) * b_scale)
@@ -245,15 +292,22 @@ def _prefill(
                 b_acc *= b_shrink[:, None]
                 b_max = b_new
 
-                stride_v = _at(in_prefix, prefix_value_strides[1], value_strides[2], PLACE)
-                stride_d = _at(in_prefix, prefix_value_strides[2], value_strides[3], PLACE)
-                p_v = _at(in_prefix, p_prefix_v, p_own_v, PLACE) + n.to(tl.int64) * stride_v
-                b_v = _tile(p_v, stride_v, stride_d, offs_n, offs_v, keys, V_DIM, EDGES, V_DIM < BLOCK_DV)
+                if DESCRIPTORS:
+                    b_v = _descriptor_at(in_prefix, prefix_value, value, PLACE).load(tile).reshape(BLOCK_N, BLOCK_DV)
+                else:
+                    stride_v = _at(in_prefix, prefix_value_strides[1], value_strides[2], PLACE)
+                    stride_d = _at(in_prefix, prefix_value_strides[2], value_strides[3], PLACE)
+                    p_v = _at(in_prefix, p_prefix_v, p_own_v, PLACE) + n.to(tl.int64) * stride_v
+                    b_v = _tile(p_v, stride_v, stride_d, offs_n, offs_v, keys, V_DIM, EDGES, V_DIM < BLOCK_DV)
                 if PLACE == 1:
-                    b_p *= tl.load(
+                    b_value_scale = tl.load(
                         value_scale + kv_head64 * value_scale_strides[0] + p_scale * value_scale_strides[1],
                         mask=offs_n < keys, other=0.0,
-                    )[None, :]  # fmt: skip
+                    )  # fmt: skip
+                    if b_q.dtype == tl.float16:  # a weight times a small scale would leave its range
+                        b_v = b_v.to(tl.float32) * b_value_scale[:, None]
+                    else:
+                        b_p *= b_value_scale[None, :]
                 b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision=PRECISION)
 
     # A query that saw nothing: zeros over 1, and lse = -inf.
