@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device round
-to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it multiplies
-matrices of bfloat16 by their bits."""
+"""Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device
+round to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it
+multiplies matrices of bfloat16 by their bits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prefix_attention for few queries a row: all rows' queries stacked against the one prefix, keys split to fill the GPU.
+"""prefix_attention for few queries a row: those of all rows stacked against the one prefix, and keys split.
 
 Two launches. ``_decode`` has two kinds of program in one grid, so that one kind's arithmetic runs beside the other
 kind's loads:
@@ -11,8 +11,8 @@ kind's loads:
   of the row's own keys.
 
 Each writes its normalised share of the result in float32, and its LSE, to a workspace that stays in L2: a few
-partials a query. ``_combine`` merges a query's partials, and its sink, as merge_states would. Where there is a single
-partial, ``_decode`` writes the result itself and nothing is merged.
+partials a query. ``_combine`` merges a query's partials, and its sink, as merge_states would. Without a prefix, and
+with own keys that need no split, ``_decode`` writes the result itself and nothing is merged.
 
 What a query sees is an interval of its row's prefix and an interval of its own keys, whatever the options: so a
 program carries two vectors, and a block of keys that lies in all intervals needs no mask. Where a share of the keys
@@ -225,8 +225,8 @@ def _decode(
             program - prefix_programs, query, query_strides, key, key_strides, value, value_strides,
             own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides, bias_width,
             states, state_lse, partials, out_strides, batch, kv_heads, queries, own, scale, softcap, window,
-            prefix_splits, own_tiles, own_splits, GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SCALE_LAST,
-            PARTIAL, PRECISION, BLOCK_OWN, BLOCK_N,
+            prefix_splits, own_tiles, own_splits, GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOW,
+            SCALE_LAST, PARTIAL, PRECISION, BLOCK_OWN, BLOCK_N,
         )  # fmt: skip
 
 
@@ -292,10 +292,7 @@ def _attend_prefix(
         prefix = tl.min(b_prefix, 0)
         while prefix < NO_PREFIX:
             b_mine = b_prefix == prefix
-            if WINDOW:
-                b_near = tl.where(b_mine, b_low, NO_PREFIX)
-            else:
-                b_near = b_low
+            b_near = tl.where(b_mine, b_low, NO_PREFIX) if WINDOW else b_low
             b_acc, b_top, b_sum = _walk_share(
                 b_acc, b_top, b_sum, b_q, b_near, tl.where(b_mine, b_length, 0), split, prefix_splits,
                 p_key, prefix_key_strides[1], prefix_key_strides[2],
@@ -452,7 +449,7 @@ def _walk(
             b_k = tl.load(p_key, mask=(d < HEAD_DIM)[:, None], other=0.0)
         else:
             b_k = tl.load(p_key)
-        b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION)  # [M, BLOCK_N]
+        b_s = tl.dot(b_q, _widened(b_k, b_q.dtype), input_precision=PRECISION)  # [M, BLOCK_N]
         if key_scale is not None:
             p_scale = key_scale + entry // scale_block * key_scale_strides[1]
             b_s *= tl.load(p_scale, mask=j < high, other=0.0)[None, :]
@@ -492,9 +489,15 @@ def _walk(
                 b_v = (b_v.to(tl.float32) * b_scale[:, None]).to(tl.float16)
             else:
                 b_p *= b_scale[None, :]
-        b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(b_p.to(b_q.dtype), _widened(b_v, b_q.dtype), b_acc, input_precision=PRECISION)
         b_top = b_new
     return b_acc, b_top, b_sum
+
+
+@triton.jit
+def _widened(b_x, dtype: tl.constexpr):
+    """Entries of 8 bits, exactly; others are of the query's dtype."""
+    return b_x if b_x.dtype == dtype else b_x.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -536,7 +539,8 @@ def _store_rows(out, strides, b_out, b_row, b_head, b_i, b_exists, V_DIM: tl.con
 @triton.jit(do_not_specialize=["partials", "sinks_stride", "rows", "batch", "queries"])
 def _combine(
     states, state_lse, partials, sinks, sinks_stride, out, out_strides, lse, rows, batch, queries,
-    GROUPS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+    GROUPS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """A query's partials into its result. The LSEs come first, all at once: they say which states count, and the
     loads of BLOCK_PARTIALS states then wait for nothing."""
