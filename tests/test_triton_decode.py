@@ -162,16 +162,17 @@ def test_every_shape_has_a_configuration() -> None:
         for dim in (16, 32, 64, 128, 256):
             for size in (2, 4):
                 for stacked in (1, 16, 17, 64, 1000):
-                    key = decode.tuning_key(dim, 16, size, stacked)
-                    config = _tuning.configuration(decode.OP, "decode", key, (f"sm_{arch}", "default"))
-                    assert 16 <= config["BLOCK_M"] <= 128 and config["BLOCK_N"] >= 16
+                    for plain in (True, False):
+                        key = decode.tuning_key(dim, 16, size, stacked, plain)
+                        config = _tuning.configuration(decode.OP, "decode", key, (f"sm_{arch}", "default"))
+                        assert 16 <= config["BLOCK_M"] <= 128 and config["BLOCK_N"] >= 16
             assert _tuning.configuration(decode.OP, "combine", f"d{dim}", (f"sm_{arch}", "default"))
 
 
 def test_tuning_key() -> None:
-    assert decode.tuning_key(100, 64, 2, 256) == "d128-16bit-m128"
-    assert decode.tuning_key(64, 200, 4, 3) == "d256-32bit-m16"
-    assert decode.tuning_key(8, 8, 2, 33) == "d16-16bit-m64"
+    assert decode.tuning_key(100, 64, 2, 256, True) == "d128-16bit-m128"
+    assert decode.tuning_key(64, 200, 4, 3, True) == "d256-32bit-m16"
+    assert decode.tuning_key(8, 8, 2, 33, False) == "d16-16bit-m64-general"
 
 
 def test_own_rows() -> None:

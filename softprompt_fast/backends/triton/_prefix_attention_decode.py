@@ -78,11 +78,11 @@ def forward(
     places = _runtime.places(query.device)
     prefixes = 1 if prefix_offsets is None else max(1, prefix_offsets.shape[0] - 1)
     stacked = batch * groups * queries
-    config = dict(
-        _tuning.configuration(
-            OP, "decode", tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes), places
-        )
-    )
+    plain = prefix_index is None and prefix_key_scale is None and softcap is None and bias is None
+    key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes, plain)
+    config = dict(_tuning.configuration(OP, "decode", key_of_config, places))
+    if torch.version.hip is not None:
+        config.pop("maxnreg", None)  # not an option there
     block_own = own_rows(groups * queries, config["BLOCK_M"])
     prefix_tiles, own_tiles = triton.cdiv(stacked, config["BLOCK_M"]), triton.cdiv(groups * queries, block_own)
     least, processors = config.pop("MIN_KEYS"), _runtime.processors(query.device)
@@ -133,13 +133,15 @@ def forward(
     return out, lse
 
 
-def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int) -> str:
-    """``stacked``: queries of a key/value head that share a prefix, over all rows.
+def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int, plain: bool) -> str:
+    """``stacked``: queries of a key/value head that share a prefix, over all rows. ``plain``: one prefix, in the queries'
+    dtype, no softcap and no bias; the others need more registers, so smaller tiles.
 
-    Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128".
+    Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
+    and as "d128-16bit-m128-general" where each row has a prefix of its choice.
     """
     rows = min(128, _block(stacked))
-    return f"d{_block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}"
+    return f"d{_block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}{'' if plain else '-general'}"
 
 
 def own_rows(queries: int, block: int) -> int:
