@@ -36,3 +36,18 @@ def round_like_a_gpu() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+
+def loop_to_a_tensor() -> None:
+    """Triton 3.6 makes a loop's bounds Python numbers in a way that NumPy 2.4 refuses for arrays of one element."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor

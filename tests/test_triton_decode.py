@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from softprompt_fast.backends import int8
+from softprompt_fast.backends.quantized import quantize
 from softprompt_fast.backends.triton import _prefix_attention_decode as decode
 from softprompt_fast.backends.triton import _runtime, _tuning
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
@@ -93,9 +93,7 @@ def quantized(inputs: AttentionInputs, dtype: torch.dtype, block: int) -> tuple[
     """The inputs with an 8-bit prefix, and with what that stands for in float64."""
     options, entries, meant = {**inputs.options, "prefix_scale_block": block}, [], []
     for name, x in (("key", inputs.prefix_key), ("value", inputs.prefix_value)):
-        small, scale = int8.quantize(x, block)
-        if dtype != torch.int8:
-            small = (small.float() / 32).to(dtype)
+        small, scale = quantize(x, block, dtype)
         stored = torch.full([n + 2 for n in x.shape], 127 if dtype == torch.int8 else math.nan).to(dtype)
         entries.append(stored[1:-1, 1:-1, 1:-1].copy_(small))
         options[f"prefix_{name}_scale"] = guarded(scale.shape, order=(1, 0)).copy_(scale)

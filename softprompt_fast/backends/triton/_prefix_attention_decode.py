@@ -134,8 +134,8 @@ def forward(
 
 
 def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int, plain: bool) -> str:
-    """``stacked``: queries of a key/value head that share a prefix, over all rows. ``plain``: one prefix, in the queries'
-    dtype, no softcap and no bias; the others need more registers, so smaller tiles.
+    """``stacked``: queries of a key/value head that share a prefix, over all rows. ``plain``: one prefix in
+    the queries' dtype, no softcap and no bias; the others need more registers, so smaller tiles.
 
     Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
     and as "d128-16bit-m128-general" where each row has a prefix of its choice.
