@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prefix_attention for few queries a row: all rows' queries stacked against the one prefix, keys split to fill the GPU.
+"""prefix_attention for few queries a row: those of all rows stacked against the one prefix, and keys split.
 
 Two launches. ``_decode`` has two kinds of program in one grid, so that one kind's arithmetic runs beside the other
 kind's loads:
@@ -11,8 +11,8 @@ kind's loads:
   of the row's own keys.
 
 Each writes its normalised share of the result in float32, and its LSE, to a workspace that stays in L2: a few
-partials a query. ``_combine`` merges a query's partials, and its sink, as merge_states would. Where there is a single
-partial, ``_decode`` writes the result itself and nothing is merged.
+partials a query. ``_combine`` merges a query's partials, and its sink, as merge_states would. Without a prefix, and
+with own keys that need no split, ``_decode`` writes the result itself and nothing is merged.
 
 What a query sees is an interval of its row's prefix and an interval of its own keys, whatever the options: so a
 program carries two vectors, and a block of keys that lies in all intervals needs no mask. Where a share of the keys
@@ -26,8 +26,6 @@ and no row is padded. A batch that fits one tile needs no order.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -80,11 +78,11 @@ def forward(
     places = _runtime.places(query.device)
     prefixes = 1 if prefix_offsets is None else max(1, prefix_offsets.shape[0] - 1)
     stacked = batch * groups * queries
-    config = dict(
-        _tuning.configuration(
-            OP, "decode", tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes), places
-        )
-    )
+    plain = prefix_index is None and prefix_key_scale is None and softcap is None and bias is None
+    key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes, plain)
+    config = dict(_tuning.configuration(OP, "decode", key_of_config, places))
+    if torch.version.hip is not None:
+        config.pop("maxnreg", None)  # not an option there
     block_own = own_rows(groups * queries, config["BLOCK_M"])
     prefix_tiles, own_tiles = triton.cdiv(stacked, config["BLOCK_M"]), triton.cdiv(groups * queries, block_own)
     least, processors = config.pop("MIN_KEYS"), _runtime.processors(query.device)
@@ -92,7 +90,6 @@ def forward(
         prefix_tiles * kv_heads, triton.cdiv(packed, prefixes), config.pop("PREFIX_PROGRAMS") * processors, least
     )
     own_splits = splits(batch * own_tiles * kv_heads, own, config.pop("OWN_PROGRAMS") * processors, least)
-    partials = prefix_splits + own_splits
 
     order = None
     if prefix_index is not None and prefix_tiles > 1 and packed > 0:
@@ -100,9 +97,13 @@ def forward(
         plan = _tuning.configuration(OP, "plan", "any", places)
         _runtime.launch(_plan, (triton.cdiv(batch, plan["BLOCK"]),), prefix_index, order, batch, **plan)
 
-    # With one partial it is the result; else states go to a workspace [B, Hq, S, partials, Dv].
-    single = partials == 1
-    states, state_lse = (out, lse) if single else _workspace(query, partials, v_dim)
+    # Own keys alone, not split, give the result itself. Else states go to a workspace [Hkv, B, G, S, partials, Dv].
+    single = prefix_splits == 0 and own_splits == 1
+    rows, partials = batch * q_heads * queries, prefix_splits + own_splits
+    states, state_lse = out, lse
+    if not single:
+        states = query.new_empty(rows, partials, v_dim, dtype=torch.float32)
+        state_lse = query.new_empty(rows, partials, dtype=torch.float32)
     index = (prefix_offsets, prefix_index, order, own_start, own_end, query_start)
     bias_strides = (
         None if bias is None else [s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True)]
@@ -115,7 +116,7 @@ def forward(
         prefix_value_scale, None if prefix_value_scale is None else prefix_value_scale.stride(), prefix_scale_block,
         *index, sinks if single else None, sinks.stride(0) if single and sinks is not None else None,
         bias, None if bias_strides is None else tuple(bias_strides), 0 if bias is None else bias.shape[3] - own,
-        states, states.stride()[:3], 0 if single else v_dim, state_lse, 1 if single else partials,
+        states, state_lse, partials, out.stride(),
         batch, kv_heads, queries, own, packed, scale, softcap, 0 if sliding_window is None else sliding_window,
         prefix_tiles, prefix_splits, own_tiles, own_splits,
         GROUPS=groups, HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_D=_block(head_dim), BLOCK_V=_block(v_dim),
@@ -124,22 +125,23 @@ def forward(
     )  # fmt: skip
     if not single:
         config = _tuning.configuration(OP, "combine", f"d{_block(v_dim)}", places)
-        rows = batch * q_heads * queries
         _runtime.launch(
             _combine, (triton.cdiv(rows, config["BLOCK_ROWS"]),),
             states, state_lse, partials, sinks, None if sinks is None else sinks.stride(0),
-            out, out.stride(), lse, rows, q_heads, queries, V_DIM=v_dim, BLOCK_V=_block(v_dim), **config,
+            out, out.stride(), lse, rows, batch, queries, GROUPS=groups, V_DIM=v_dim, BLOCK_V=_block(v_dim), **config,
         )  # fmt: skip
     return out, lse
 
 
-def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int) -> str:
-    """``stacked``: queries of a key/value head that share a prefix, over all rows.
+def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int, plain: bool) -> str:
+    """``stacked``: queries of a key/value head that share a prefix, over all rows. ``plain``: one prefix in
+    the queries' dtype, no softcap and no bias; the others need more registers, so smaller tiles.
 
-    Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128".
+    Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
+    and as "d128-16bit-m128-general" where each row has a prefix of its choice.
     """
     rows = min(128, _block(stacked))
-    return f"d{_block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}"
+    return f"d{_block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}{'' if plain else '-general'}"
 
 
 def own_rows(queries: int, block: int) -> int:
@@ -171,11 +173,6 @@ def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _workspace(query: Tensor, partials: int, v_dim: int) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:3], partials)
-    return query.new_empty(*shape, v_dim, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
-
-
 @triton.jit(do_not_specialize=["batch"])
 def _plan(prefix_index, order, batch, BLOCK: tl.constexpr):
     """order[rank] = row, rows ranked by prefix and then by number. Quadratic: 4096 rows are 16 M comparisons."""
@@ -194,7 +191,7 @@ def _plan(prefix_index, order, batch, BLOCK: tl.constexpr):
 # Lengths, batch sizes and what follows from them: not worth a kernel of their own.
 _VARYING = (
     "batch", "queries", "own", "packed", "window", "prefix_tiles", "prefix_splits", "own_tiles", "own_splits",
-    "bias_strides", "bias_width", "state_strides", "partials", "kv_heads", "key_scale_strides", "value_scale_strides",
+    "bias_strides", "bias_width", "partials", "kv_heads", "key_scale_strides", "value_scale_strides",
     "scale_block", "sinks_stride",
 )  # fmt: skip
 
@@ -206,7 +203,7 @@ def _decode(
     key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
     prefix_offsets, prefix_index, order, own_start, own_end, query_start,
     sinks, sinks_stride, bias, bias_strides, bias_width,
-    states, state_strides, partial_stride, state_lse, partials,
+    states, state_lse, partials, out_strides,
     batch, kv_heads, queries, own, packed, scale, softcap, window,
     prefix_tiles, prefix_splits, own_tiles, own_splits,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -216,21 +213,22 @@ def _decode(
     program = tl.program_id(0)
     prefix_programs = prefix_tiles * kv_heads * prefix_splits
     if program < prefix_programs:
-        _attend_prefix(
-            program, query, query_strides, prefix_key, prefix_key_strides, prefix_value, prefix_value_strides,
-            key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
-            prefix_offsets, prefix_index, order, own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides,
-            states, state_strides, partial_stride, state_lse, partials,
-            batch, kv_heads, queries, own, packed, scale, softcap, window, prefix_tiles, prefix_splits,
-            GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WINDOW, SCALE_LAST, PARTIAL, PRECISION, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        if PARTIAL:
+            _attend_prefix(
+                program, query, query_strides, prefix_key, prefix_key_strides, prefix_value, prefix_value_strides,
+                key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
+                prefix_offsets, prefix_index, order, own_start, own_end, query_start, bias, bias_strides,
+                states, state_lse, partials, batch, kv_heads, queries, own, packed, scale, softcap, window,
+                prefix_tiles, prefix_splits, GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, WINDOW, SCALE_LAST, PRECISION,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     else:
         _attend_own(
             program - prefix_programs, query, query_strides, key, key_strides, value, value_strides,
             own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides, bias_width,
-            states, state_strides, partial_stride, state_lse, partials,
-            kv_heads, queries, own, scale, softcap, window, prefix_splits, own_tiles, own_splits,
-            GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SCALE_LAST, PARTIAL, PRECISION, BLOCK_OWN, BLOCK_N,
+            states, state_lse, partials, out_strides, batch, kv_heads, queries, own, scale, softcap, window,
+            prefix_splits, own_tiles, own_splits, GROUPS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOW,
+            SCALE_LAST, PARTIAL, PRECISION, BLOCK_OWN, BLOCK_N,
         )  # fmt: skip
 
 
@@ -238,12 +236,12 @@ def _decode(
 def _attend_prefix(
     program, query, query_strides, prefix_key, prefix_key_strides, prefix_value, prefix_value_strides,
     key_scale, key_scale_strides, value_scale, value_scale_strides, scale_block,
-    prefix_offsets, prefix_index, order, own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides,
-    states, state_strides, partial_stride, state_lse, partials,
-    batch, kv_heads, queries, own, packed, scale, softcap, window, prefix_tiles, prefix_splits,
+    prefix_offsets, prefix_index, order, own_start, own_end, query_start, bias, bias_strides,
+    states, state_lse, partials, batch, kv_heads, queries, own, packed, scale, softcap, window,
+    prefix_tiles, prefix_splits,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WINDOW: tl.constexpr, SCALE_LAST: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SCALE_LAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of stacked queries against a share of the prefix, or of each prefix that occurs in the tile."""
     per_row = GROUPS * queries
@@ -252,7 +250,6 @@ def _attend_prefix(
     kv_head = program // prefix_tiles % kv_heads
     split = program // prefix_tiles // kv_heads
     b_stack = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    b_exists = b_stack < batch * per_row
     # Beyond the last query the last one stands again: no load needs a mask for it, and it is not written.
     b_stack = tl.minimum(b_stack, batch * per_row - 1)
     b_row = b_stack // per_row
@@ -297,10 +294,7 @@ def _attend_prefix(
         prefix = tl.min(b_prefix, 0)
         while prefix < NO_PREFIX:
             b_mine = b_prefix == prefix
-            if WINDOW:
-                b_near = tl.where(b_mine, b_low, NO_PREFIX)
-            else:
-                b_near = b_low
+            b_near = tl.where(b_mine, b_low, NO_PREFIX) if WINDOW else b_low
             b_acc, b_top, b_sum = _walk_share(
                 b_acc, b_top, b_sum, b_q, b_near, tl.where(b_mine, b_length, 0), split, prefix_splits,
                 p_key, prefix_key_strides[1], prefix_key_strides[2],
@@ -311,18 +305,21 @@ def _attend_prefix(
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, not WINDOW, SCALE_LAST, PRECISION,
             )  # fmt: skip
             prefix = tl.min(tl.where(b_prefix > prefix, b_prefix, NO_PREFIX), 0)
-    _store_state(
-        b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
-        split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
-    )  # fmt: skip
+    # Where the states go is worked out from the tile again: kept from above it would hold registers all along.
+    b_at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_exists = b_at < batch * per_row
+    if order is not None:
+        b_at = tl.load(order + b_at // per_row, mask=b_exists, other=0) * per_row + b_at % per_row
+    b_at = head * batch * per_row + b_at
+    _store_states(b_acc, b_top, b_sum, states, state_lse, b_at, split, partials, b_exists, V_DIM, BLOCK_V)
 
 
 @triton.jit
 def _attend_own(
     program, query, query_strides, key, key_strides, value, value_strides,
     own_start, own_end, query_start, sinks, sinks_stride, bias, bias_strides, bias_width,
-    states, state_strides, partial_stride, state_lse, partials,
-    kv_heads, queries, own, scale, softcap, window, prefix_splits, own_tiles, own_splits,
+    states, state_lse, partials, out_strides, batch, kv_heads, queries, own, scale, softcap, window,
+    prefix_splits, own_tiles, own_splits,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SCALE_LAST: tl.constexpr, PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -357,10 +354,21 @@ def _attend_own(
         None, None, None, None, None, 0, p_bias, bias_strides, scale, softcap,
         HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, SCALE_LAST, PRECISION,
     )  # fmt: skip
-    _store_state(
-        b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
-        prefix_splits + split, b_row, b_head, b_i, b_exists, GROUPS * kv_heads, queries, V_DIM, BLOCK_V, PARTIAL,
-    )  # fmt: skip
+    if PARTIAL:
+        b_at = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+        b_exists = b_at < per_row
+        b_at = (kv_head.to(tl.int64) * batch + row) * per_row + b_at
+        partial = prefix_splits + split
+        _store_states(b_acc, b_top, b_sum, states, state_lse, b_at, partial, partials, b_exists, V_DIM, BLOCK_V)
+    else:
+        if sinks is not None:
+            b_sink = tl.load(sinks + b_head * sinks_stride).to(tl.float32) * LOG2E
+            b_top, b_sum, b_fade = _with_sink(b_top, b_sum, b_sink)
+            b_acc *= b_fade[:, None]
+        p_lse = state_lse + (b_row.to(tl.int64) * GROUPS * kv_heads + b_head) * queries + b_i
+        tl.store(p_lse, _natural_lse(b_top, b_sum), mask=b_exists)
+        b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        _store_rows(states, out_strides, b_out, b_row, b_head, b_i, b_exists, V_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -443,7 +451,7 @@ def _walk(
             b_k = tl.load(p_key, mask=(d < HEAD_DIM)[:, None], other=0.0)
         else:
             b_k = tl.load(p_key)
-        b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision=PRECISION)  # [M, BLOCK_N]
+        b_s = tl.dot(b_q, _widened(b_k, b_q.dtype), input_precision=PRECISION)  # [M, BLOCK_N]
         if key_scale is not None:
             p_scale = key_scale + entry // scale_block * key_scale_strides[1]
             b_s *= tl.load(p_scale, mask=j < high, other=0.0)[None, :]
@@ -483,9 +491,15 @@ def _walk(
                 b_v = (b_v.to(tl.float32) * b_scale[:, None]).to(tl.float16)
             else:
                 b_p *= b_scale[None, :]
-        b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(b_p.to(b_q.dtype), _widened(b_v, b_q.dtype), b_acc, input_precision=PRECISION)
         b_top = b_new
     return b_acc, b_top, b_sum
+
+
+@triton.jit
+def _widened(b_x, dtype: tl.constexpr):
+    """Entries of 8 bits, exactly; others are of the query's dtype."""
+    return b_x if b_x.dtype == dtype else b_x.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -503,40 +517,41 @@ def _natural_lse(b_top, b_sum):
 
 
 @triton.jit
-def _store_state(
-    b_acc, b_top, b_sum, sinks, sinks_stride, states, state_strides, partial_stride, state_lse, partials,
-    partial, b_row, b_head, b_i, b_exists, q_heads, queries,
-    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PARTIAL: tl.constexpr,
+def _store_states(
+    b_acc, b_top, b_sum, states, state_lse, b_at, partial, partials, b_exists,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    if sinks is not None:
-        b_sink = tl.load(sinks + b_head * sinks_stride).to(tl.float32) * LOG2E
-        b_top, b_sum, b_fade = _with_sink(b_top, b_sum, b_sink)
-        b_acc *= b_fade[:, None]
-    b_row, b_i = b_row.to(tl.int64), b_i.to(tl.int64)
-    p_lse = state_lse + ((b_row * q_heads + b_head) * queries + b_i) * partials + partial
-    tl.store(p_lse, _natural_lse(b_top, b_sum), mask=b_exists)
+    """Partial results of the queries ``b_at`` of the workspace. _combine reads no state whose LSE is -inf, so that of
+    a query that sees nothing is not written."""
+    b_at = b_at.to(tl.int64) * partials + partial
+    tl.store(state_lse + b_at, _natural_lse(b_top, b_sum), mask=b_exists)
     dv = tl.arange(0, BLOCK_V)[None, :]
-    p_out = states + b_row * state_strides[0] + b_head.to(tl.int64) * state_strides[1] + b_i * state_strides[2]
-    p_out = (p_out + partial * partial_stride)[:, None] + dv
-    if PARTIAL:
-        # What nobody sees anything of is not written: _combine reads no state whose LSE is -inf.
-        b_exists = b_exists & (b_sum != 0.0)
+    seen = b_exists & (b_sum != 0.0)
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    tl.store(p_out, b_out.to(states.dtype.element_ty), mask=b_exists[:, None] & (dv < V_DIM))
+    tl.store(states + b_at[:, None] * V_DIM + dv, b_out, mask=seen[:, None] & (dv < V_DIM))
 
 
-@triton.jit(do_not_specialize=["partials", "sinks_stride", "rows", "q_heads", "queries", "out_strides"])
+@triton.jit
+def _store_rows(out, strides, b_out, b_row, b_head, b_i, b_exists, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
+    dv = tl.arange(0, BLOCK_V)[None, :]
+    p_out = out + b_row.to(tl.int64) * strides[0] + b_head.to(tl.int64) * strides[1] + b_i.to(tl.int64) * strides[2]
+    tl.store(p_out[:, None] + dv, b_out.to(out.dtype.element_ty), mask=b_exists[:, None] & (dv < V_DIM))
+
+
+@triton.jit(do_not_specialize=["partials", "sinks_stride", "rows", "batch", "queries"])
 def _combine(
-    states, state_lse, partials, sinks, sinks_stride, out, out_strides, lse, rows, q_heads, queries,
-    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+    states, state_lse, partials, sinks, sinks_stride, out, out_strides, lse, rows, batch, queries,
+    GROUPS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """A query's partials into its result. The LSEs come first, all at once: they say which states count, and the
     loads of BLOCK_PARTIALS states then wait for nothing."""
     b_at = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b_exists = b_at < rows
+    per_row = GROUPS * queries
+    b_row = b_at // per_row % batch
+    b_head = b_at // per_row // batch * GROUPS + b_at % per_row // queries
     b_i = b_at % queries
-    b_head = b_at // queries % q_heads
-    b_row = b_at // queries // q_heads
     every = tl.arange(0, MAX_PARTIALS)[None, :]
     p_lse = state_lse + b_at[:, None] * partials
     b_lse = tl.load(p_lse + every, mask=b_exists[:, None] & (every < partials), other=float("-inf")) * LOG2E
@@ -547,7 +562,8 @@ def _combine(
         b_sink = tl.load(sinks + b_head * sinks_stride, mask=b_exists, other=float("-inf")).to(tl.float32) * LOG2E
         b_top, b_sum, _ = _with_sink(b_top, b_sum, b_sink)
         b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
-    tl.store(lse + b_at, _natural_lse(b_top, b_sum), mask=b_exists)
+    q_heads = rows // batch // queries
+    tl.store(lse + (b_row * q_heads + b_head) * queries + b_i, _natural_lse(b_top, b_sum), mask=b_exists)
     b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
     dv = tl.arange(0, BLOCK_V)
     b_out = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
@@ -559,6 +575,4 @@ def _combine(
         # Not "> 0": a NaN has to get through.
         b_state = tl.load(p_state, mask=(b_weight != 0.0)[:, :, None] & (dv < V_DIM)[None, None, :], other=0.0)
         b_out += tl.sum(b_weight[:, :, None] * b_state, 1)
-    p_out = out + b_row * out_strides[0] + b_head * out_strides[1] + b_i * out_strides[2]
-    p_out = p_out[:, None] + dv[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=b_exists[:, None] & (dv < V_DIM)[None, :])
+    _store_rows(out, out_strides, b_out, b_row, b_head, b_i, b_exists, V_DIM, BLOCK_V)
