@@ -56,7 +56,7 @@ class Packed:
         next_logits: per prefix ``[V]``, the logits that the last virtual token gives, or None where there are none
             (prefix tuning, cartridges: they are keys and values, no token that predicts).
         virtual_logits: per prefix ``[P, V]`` when asked for (CPT's loss), else None.
-        scales: of the whole pack where it is int8 (every offset is a multiple of their block), else None.
+        scales: of the whole pack where it is 8-bit (every offset is a multiple of their block), else None.
     """
 
     prompts: tuple[RowPrompt, ...]
@@ -72,7 +72,7 @@ class Packed:
 
     def floating(self, place: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values ``[Hkv, P, D]`` of prefix `place`, layer after layer: dequantised to `dtype` where they are
-        int8, else views."""
+        8-bit, else views."""
         first = sum(self.lengths[:place])
         last = first + self.lengths[place]
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -101,10 +101,16 @@ class Compiled:
         return self.keys[0].shape[1]
 
 
-def pack(prompts: Sequence[RowPrompt], versions: Sequence[int], compiled: Sequence[Compiled]) -> Packed:
+def pack(
+    prompts: Sequence[RowPrompt],
+    versions: Sequence[int],
+    compiled: Sequence[Compiled],
+    dtype: torch.dtype = torch.float32,
+) -> Packed:
     """Lay prefixes end to end along their tokens; a single one is not copied.
 
-    A pack has one dtype: beside floating prefixes, int8 ones are dequantised.
+    A pack has one dtype: beside floating prefixes, 8-bit ones are dequantised to theirs, and beside 8-bit ones of
+    another kind all are, to `dtype`.
     """
     layers = range(len(compiled[0].keys))
     lengths = tuple(c.length for c in compiled)
@@ -112,8 +118,9 @@ def pack(prompts: Sequence[RowPrompt], versions: Sequence[int], compiled: Sequen
     if len(compiled) == 1:
         keys, values, scales, offsets = compiled[0].keys, compiled[0].values, compiled[0].scales, None
     else:
-        dtype = next((c.keys[0].dtype for c in compiled if c.scales is None), None)
-        if dtype is not None:
+        floating = next((c.keys[0].dtype for c in compiled if c.scales is None), None)
+        if floating is not None or len({c.keys[0].dtype for c in compiled}) > 1:
+            dtype = dtype if floating is None else floating
             compiled = [_dequantized(c, dtype) for c in compiled]
         keys = tuple(torch.cat([c.keys[i] for c in compiled], dim=1) for i in layers)
         values = tuple(torch.cat([c.values[i] for c in compiled], dim=1) for i in layers)
@@ -195,7 +202,7 @@ class PromptBank:
         self._compile = compile_prompt
         self._entries: dict[str, _Entry] = {}
         self._compiled: dict[RowPrompt, tuple[int, PrefixKV]] = {}
-        self._packs: OrderedDict[tuple[tuple[RowPrompt, int], ...], Packed] = OrderedDict()
+        self._packs: OrderedDict[tuple[torch.dtype, tuple[tuple[RowPrompt, int], ...]], Packed] = OrderedDict()
         self._lock = threading.RLock()
 
     def __contains__(self, name: object) -> bool:
@@ -302,17 +309,17 @@ class PromptBank:
             return known
 
     @torch.compiler.disable
-    def packed(self, prompts: Iterable[RowPrompt]) -> Packed:
-        """The frozen prefixes of `prompts` packed end to end; the last few packs are kept."""
+    def packed(self, prompts: Iterable[RowPrompt], dtype: torch.dtype = torch.float32) -> Packed:
+        """The frozen prefixes of `prompts` packed end to end (:func:`pack`); the last few packs are kept."""
         prompts = tuple(prompts)
         versions, prefixes = zip(*(self._resolve(*prompt) for prompt in prompts), strict=True)
-        key = tuple(zip(prompts, versions, strict=True))
+        key = dtype, tuple(zip(prompts, versions, strict=True))
         with self._lock:
             packed = self._packs.get(key)
             if packed is None:
                 compiled = [Compiled.of(prefix) for prefix in prefixes]
                 with _ordinary_tensors():
-                    packed = self._packs[key] = pack(prompts, versions, compiled)
+                    packed = self._packs[key] = pack(prompts, versions, compiled, dtype)
                 while len(self._packs) > _PACKS_KEPT:
                     self._packs.popitem(last=False)
             self._packs.move_to_end(key)

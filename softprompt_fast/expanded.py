@@ -215,7 +215,7 @@ def expanded_cache(
     packed: Packed | None, place: int, rows: int, dtype: torch.dtype, cache: Cache | None = None
 ) -> Cache:
     """A transformers cache (`cache`, which is empty, or a new one) that holds prefix `place` for each of `rows` rows
-    (nothing for -1), in `dtype` if the prefix is int8."""
+    (nothing for -1), in `dtype` if the prefix is 8-bit."""
     cache = DynamicCache() if cache is None else cache
     if packed is not None and place >= 0:
         for layer, (key, value) in enumerate(packed.floating(place, dtype)):

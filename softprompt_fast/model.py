@@ -141,8 +141,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             self.add_prompt(name, prompt, replace=replace)
 
     def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
-        """Put a prompt under `name`, on the base model's device and in its dtype; an int8 prefix
-        (:meth:`PrefixKV.quantize`) stays int8. The first one becomes the active prompt.
+        """Put a prompt under `name`, on the base model's device and in its dtype; an 8-bit prefix
+        (:meth:`PrefixKV.quantize`) stays so. The first one becomes the active prompt.
 
         Raises:
             ValueError: `name` is taken, or the prompt doesn't fit the base model (expected and found are named).
@@ -326,7 +326,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if trainable or virtual_logits:
             packed = self._pack_with_graph(distinct, virtual_logits)
         else:
-            packed = self._bank.packed(distinct)
+            packed = self._bank.packed(distinct, self.dtype)
         if len(distinct) == 1 and None not in rows:
             return packed, None
         place: dict[RowPrompt | None, int] = {row: i for i, row in enumerate(distinct)}
@@ -345,7 +345,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             wants_logits = virtual_logits and prompt.method == "CPT"
             compiled.update(zip(wanted, self._compile(prompt, tasks, all_logits=wants_logits), strict=True))
         versions = [self._bank.version(name) for name, _ in distinct]
-        return pack(distinct, versions, [compiled[row] for row in distinct])
+        return pack(distinct, versions, [compiled[row] for row in distinct], self.dtype)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory
-from softprompt_fast.backends import int8
+from softprompt_fast.backends import quantized
 from softprompt_fast.errors import IncompatibleBaseError, PrefixError, PrefixFingerprintError
 from softprompt_fast.prompt import BaseShape, check_finite
 
-#: The newest that is read. Version 2 has int8 keys and values; floating ones are still written as version 1, for older
-#: readers.
+#: The newest that is read. Version 2 has 8-bit keys and values; floating ones are still written as version 1, for
+#: older readers.
 FORMAT_VERSION = 2
 TENSORS_NAME = "prefix_kv.safetensors"
 METADATA_NAME = "prefix_kv.json"
@@ -45,11 +45,11 @@ _PROBE_QUERIES = 64
 
 @dataclass(frozen=True)
 class Scales:
-    """What int8 keys and values are multiples of.
+    """What int8 or float8_e4m3fn keys and values are multiples of.
 
     Attributes:
         keys, values: per layer float32 ``[Hkv, ceil(L / block)]``: entry l of head h stands for
-            ``int8[h, l] * scale[h, l // block]``.
+            ``key[h, l] * scale[h, l // block]``.
         block: tokens that share a scale.
     """
 
@@ -64,11 +64,11 @@ class Scales:
     def dequantize(
         self, layer: int, key: Tensor, value: Tensor, dtype: torch.dtype, first: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A layer's int8 ``key`` and ``value``, entries from `first` (a multiple of the block) on, in `dtype`."""
+        """A layer's 8-bit ``key`` and ``value``, entries from `first` (a multiple of the block) on, in `dtype`."""
         blocks = slice(first // self.block, (first + key.shape[1] + self.block - 1) // self.block)
         return (
-            int8.dequantize(key, self.keys[layer][:, blocks], self.block, dtype),
-            int8.dequantize(value, self.values[layer][:, blocks], self.block, dtype),
+            quantized.dequantize(key, self.keys[layer][:, blocks], self.block, dtype),
+            quantized.dequantize(value, self.values[layer][:, blocks], self.block, dtype),
         )
 
     def to(self, device: torch.device | str | None) -> Scales:
@@ -89,7 +89,7 @@ class PrefixKV:
         fingerprint: `model_fingerprint` of the base model that these belong to.
         metadata: anything JSON can hold, saved along. With `base_config_fields` of the base under ``"base_config"``, a
             fingerprint error can name the fields that differ.
-        scales: of int8 keys and values (see :meth:`quantize`); None: they are floating.
+        scales: of 8-bit keys and values (see :meth:`quantize`); None: they are floating.
 
     Tensors are detached and kept as given, without a copy. Instances compare by identity.
 
@@ -139,7 +139,7 @@ class PrefixKV:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values: floating, or int8."""
+        """Of keys and values; int8 or float8_e4m3fn where there are scales."""
         return self.keys[0].dtype
 
     @property
@@ -158,7 +158,7 @@ class PrefixKV:
         return _digest(self._description(), dict(self._tensors()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PrefixKV:
-        """A copy on `device` in `dtype`; the same object if nothing changes. `next_logits` keep their dtype, and int8
+        """A copy on `device` in `dtype`; the same object if nothing changes. `next_logits` keep their dtype, and 8-bit
         keys and values theirs: as a module's ``to``, this casts what is floating (:meth:`dequantize` does more)."""
         if self.scales is not None:
             dtype = None
@@ -174,22 +174,30 @@ class PrefixKV:
             scales=None if self.scales is None else self.scales.to(device),
         )
 
-    # ------------------------------------------------------------------ int8
+    # ------------------------------------------------------------------ 8 bits
 
-    def quantize(self, block: int = 16) -> PrefixKV:
-        """The same prefix in int8, with a scale per head and `block` tokens: a quarter of float32's memory, half of
-        bfloat16's. Symmetric: a block's largest magnitude becomes 127. :attr:`quantization` says what it costs.
+    def quantize(self, block: int = 16, dtype: torch.dtype = torch.int8) -> PrefixKV:
+        """The same prefix in 8 bits, with a scale per head and `block` tokens: a quarter of float32's memory, half of
+        bfloat16's. Symmetric: a block's largest magnitude becomes `dtype`'s. :attr:`quantization` says what it costs.
+
+        Args:
+            block: tokens that share a scale.
+            dtype: ``torch.int8``, or ``torch.float8_e4m3fn``, whose steps shrink with the value.
 
         Raises:
-            ValueError: it is int8 already, `block` is not positive, or values are NaN or infinite.
+            ValueError: it is quantised already, `block` is not positive, `dtype` is another one, or values are NaN or
+                infinite.
         """
         if self.scales is not None:
-            raise ValueError("quantize: the prefix is int8 already; dequantize() it first to choose another block")
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"quantize: the prefix is {kind} already; dequantize() it first to choose another block")
+        if dtype not in quantized.LARGEST:
+            raise ValueError(f"dtype: expected torch.int8 or torch.float8_e4m3fn, found {dtype!r}")
         if not isinstance(block, int) or block < 1:
             raise ValueError(f"block: expected a number of tokens > 0, found {block!r}")
         self.check_finite()
-        keys, key_scales = zip(*(int8.quantize(key, block) for key in self.keys), strict=True)
-        values, value_scales = zip(*(int8.quantize(value, block) for value in self.values), strict=True)
+        keys, key_scales = zip(*(quantized.quantize(key, block, dtype) for key in self.keys), strict=True)
+        values, value_scales = zip(*(quantized.quantize(value, block, dtype) for value in self.values), strict=True)
         scales = Scales(key_scales, value_scales, block)
         errors: dict[str, list[float]] = {"key_error": [], "value_error": [], "output_error": []}
         for layer, exact in enumerate(zip(self.keys, self.values, strict=True)):
@@ -212,7 +220,7 @@ class PrefixKV:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> PrefixKV:
-        """The floating prefix, in `dtype`, that an int8 one stands for; a floating one merely becomes `dtype`."""
+        """The floating prefix, in `dtype`, that an 8-bit one stands for; a floating one merely becomes `dtype`."""
         if self.scales is None:
             return self.to(dtype=dtype)
         pairs = [
@@ -395,7 +403,7 @@ class PrefixKV:
 
     def _description(self) -> dict[str, Any]:
         """The metadata on disk. Sizes repeat what the tensors' own headers say, for whoever reads the JSON."""
-        int8_fields = {} if self.scales is None else {"scale_block": self.scales.block}
+        scale_fields = {} if self.scales is None else {"scale_block": self.scales.block}
         return {
             "format_version": 1 if self.scales is None else 2,
             "method": self.method,
@@ -407,16 +415,18 @@ class PrefixKV:
             "dtype": str(self.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
             "metadata": self.metadata,
-            **int8_fields,
+            **scale_fields,
         }
 
 
 def _check_scales(keys: Sequence[Tensor], values: Sequence[Tensor], scales: Scales | None) -> None:
-    quantized = {x.dtype == torch.int8 for x in (*keys, *values)}
-    if quantized != {scales is not None}:
-        found = sorted({str(x.dtype).removeprefix("torch.") for x in (*keys, *values)})
+    dtypes = {x.dtype for x in (*keys, *values)}
+    eight_bits = {dtype in quantized.LARGEST for dtype in dtypes}
+    if eight_bits != {scales is not None} or (scales is not None and len(dtypes) > 1):
+        found = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"keys, values: expected int8 throughout with scales, floating without, found {', '.join(found)} "
+            f"keys, values: expected int8 or float8_e4m3fn throughout with scales, floating without, found "
+            f"{', '.join(found)} "
             f"{'without' if scales is None else 'with'} scales"
         )
     if scales is None:

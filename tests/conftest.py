@@ -13,6 +13,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
+from tests.interpreter import loop_to_a_tensor, round_like_a_gpu
+
+round_like_a_gpu()
+loop_to_a_tensor()
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
 

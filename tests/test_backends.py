@@ -157,6 +157,20 @@ def test_score_rows() -> None:
         assert 1 <= heuristics.score_rows(heads, rows, keys) <= rows
 
 
+def test_stack_queries() -> None:
+    """The worked examples; a single query is stacked however many heads share a key."""
+    assert heuristics.stack_queries(16, 4) and not heuristics.stack_queries(17, 4)
+    assert heuristics.stack_queries(1, 1) and heuristics.stack_queries(1, 128)
+    assert not heuristics.stack_queries(2, 128)
+
+
+def test_l2_section() -> None:
+    assert heuristics.l2_section(128, 2 * 512 * 128 * 2) == 128
+    assert heuristics.l2_section(128, 2 * 8192 * 128 * 2) == 8
+    assert heuristics.l2_section(3, 0) == 3  # no own keys
+    assert heuristics.l2_section(0, 1 << 40) == 1  # never none: it is divided by
+
+
 def test_score_blocks_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores computed in blocks of one, two and all rows are the same scores."""
     inputs = attention_inputs(softcap=2.0, own_start=[0, 1, 2], dtype=torch.float64).requires_grad_()

@@ -133,16 +133,20 @@ def test_compile(base: Path, adapters: dict[str, Path], model: SoftPromptModel, 
     assert said["bytes"] == expected.nbytes and said["sha256"] == saved.digest and said["dtype"] == "float32"
 
 
-def test_compile_to_int8(base: Path, adapters: dict[str, Path], model: SoftPromptModel, tmp_path: Path):
-    result = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "prefix", "--int8", "--json")
+@pytest.mark.parametrize(("option", "dtype"), [("--int8", torch.int8), ("--fp8", torch.float8_e4m3fn)])
+def test_compile_to_8_bits(
+    option: str, dtype: torch.dtype, base: Path, adapters: dict[str, Path], model: SoftPromptModel, tmp_path: Path
+):
+    result = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "prefix", option, "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     saved = PrefixKV.from_pretrained(tmp_path / "prefix", base_model=model.base)
-    expected = model.compile_prompt("a").quantize()
-    assert all(torch.equal(x, y) for x, y in zip(saved.keys, expected.keys, strict=True))
-    assert said["dtype"] == "int8" and said["bytes"] == saved.nbytes and said["quantization"] == saved.quantization
-    shown = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "again", "--int8").stderr
-    assert "int8 error (relative, worst layer): keys 0." in " ".join(shown.split())
+    expected = model.compile_prompt("a").quantize(dtype=dtype)
+    assert all(torch.equal(x.float(), y.float()) for x, y in zip(saved.keys, expected.keys, strict=True))
+    kind = str(dtype).removeprefix("torch.")
+    assert said["dtype"] == kind and said["bytes"] == saved.nbytes and said["quantization"] == saved.quantization
+    shown = call("compile", adapters["a"], "--base", base, "-o", tmp_path / "again", option).stderr
+    assert f"{kind} error (relative, worst layer): keys" in " ".join(shown.split())
     args = ("--base", base, "--prompt", f"a={tmp_path / 'prefix'}", "--max-new-tokens", 3, "--json")
     assert json.loads(call("generate", "the film", *args).stdout)["results"][0]["prompt"] == "a"
 
@@ -221,6 +225,11 @@ def test_generate_prints_for_people(base: Path, adapters: dict[str, Path]):
 )
 def test_wrong_command_lines(args: list[str], parts: list[str]):
     assert_failed(call(*args), Exit.USAGE, *parts)
+
+
+def test_two_kinds_of_8_bits(adapters: dict[str, Path], tmp_path: Path):
+    result = call("compile", adapters["a"], "--base", "x", "-o", tmp_path, "--int8", "--fp8")
+    assert_failed(result, Exit.USAGE, "--int8, --fp8", "expected one of the two")
 
 
 def test_wrong_dtype(adapters: dict[str, Path], tmp_path: Path):

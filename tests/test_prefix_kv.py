@@ -316,7 +316,10 @@ def test_what_can_not_be_quantized() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scales": None}, "expected int8 throughout with scales, floating without, found int8 without scales"),
+        (
+            {"scales": None},
+            "expected int8 or float8_e4m3fn throughout with scales, floating without, found int8 without scales",
+        ),
         ({"keys": [torch.zeros(2, 4, 8)]}, "found float32, int8 with scales"),
         ({"block": 0}, "scales: expected a block of > 0 tokens, found 0"),
         ({"block": 4}, r"scales of layer 0: expected float32 \[2, 1\], found float32 \[2, 2\]"),

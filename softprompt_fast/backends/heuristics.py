@@ -61,6 +61,28 @@ def score_rows(heads: int, rows: int, keys: int) -> int:
     return max(1, min(rows, (1 << 22) // max(1, heads * keys)))
 
 
+def stack_queries(queries: int, groups: int) -> bool:
+    """Whether the Triton kernels stack the queries of all rows and of a key's ``groups`` query heads into one tile.
+
+    A tile of the prefill kernel holds 64 to 128 queries of one row and head: with fewer it multiplies mostly zeros.
+    Stacked, tiles are full, but prefix and own keys meet in a second launch.
+
+    Example: decode steps, and 16 queries a row with 4 query heads a key head, are stacked; 17 such are not.
+    """
+    return queries == 1 or queries * groups <= 64
+
+
+def l2_section(pairs: int, pair_bytes: int) -> int:
+    """How many pairs of a row and a key head the prefill kernel works on at a time, so that the own keys and values
+    that their query blocks read over and over stay in the L2 cache (50 MB on an H100; the prefix and the queries take
+    the rest).
+
+    Example: 16 rows of 8 heads with 512 keys of 128 in 16 bits: ``2 * 512 * 128 * 2`` bytes a pair, all 128 pairs at
+    once. With 8192 keys 8 pairs.
+    """
+    return max(1, min(pairs, (32 << 20) // max(1, pair_bytes)))
+
+
 def prefix_splits(blocks: int, rows: int, processors: int) -> int:
     """Among how many programs the Triton backward shares out the rows of each block of a prefix's gradient.
 

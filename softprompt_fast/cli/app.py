@@ -74,18 +74,24 @@ def compile_(
     as_int8: Annotated[
         bool, typer.Option("--int8", help="Keep keys and values in int8: a quarter of float32's memory.")
     ] = False,
+    as_fp8: Annotated[bool, typer.Option("--fp8", help="The same in float8 (e4m3), for GPUs that have it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a soft prompt into its prefix: the keys and values that every row will share."""
     with session(as_json) as run:
+        import torch
+
         from softprompt_fast import SoftPromptModel
 
+        if as_int8 and as_fp8:
+            raise typer.BadParameter("expected one of the two", param_hint="--int8, --fp8")
         _check_exists(adapter)
         base_model, _ = _load_base(base, dtype, run)
         model = SoftPromptModel.from_pretrained(base_model, adapter, prompt_name="adapter")
         with run.console.status("computing keys and values"):
             prefix = model.compile_prompt("adapter", task=task)
-            prefix = prefix.quantize() if as_int8 else prefix
+            if as_int8 or as_fp8:
+                prefix = prefix.quantize(dtype=torch.int8 if as_int8 else torch.float8_e4m3fn)
         prefix.save_pretrained(output)
         result = {
             "output": str(output),
@@ -106,7 +112,7 @@ def compile_(
         if (facts := prefix.quantization) is not None:
             worst = {name: max(facts[name]) for name in ("key_error", "value_error", "output_error")}
             run.say(
-                f"int8 error (relative, worst layer): keys {worst['key_error']:.2%}, values"
+                f"{result['dtype']} error (relative, worst layer): keys {worst['key_error']:.2%}, values"
                 f" {worst['value_error']:.2%}, attention of random queries {worst['output_error']:.2%}"
             )
 

@@ -45,7 +45,7 @@ class PrefixContext:
         backend: backend to force, None for "auto".
         options: what each layer that asked for its prefix wants of attention besides (``scaling``, ``sliding_window``,
             ``softcap``, ``s_aux``), filled only while a model is probed.
-        scales: of int8 keys and values; None: they are floating.
+        scales: of 8-bit keys and values; None: they are floating.
     """
 
     keys: tuple[torch.Tensor, ...] | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends._registry import Backends
-from softprompt_fast.backends.int8 import dequantize
+from softprompt_fast.backends.quantized import LARGEST, dequantize
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range, describe
 from softprompt_fast.ops._library import autograd, call, define
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
@@ -70,7 +70,7 @@ def prefix_attention(  # type: ignore[misc]
         query: ``[B, Hq, S, D]`` floating. Any strides, here and below.
         key, value: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, dtype and device of query. Hidden ones must be finite.
         prefix_key, prefix_value: ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``, same dtype and device: N prefixes packed end to
-            end. int8 with the three arguments below; they then get no gradient.
+            end. int8 or float8_e4m3fn with the three arguments below; they then get no gradient.
         prefix_offsets: int32 or int64 ``[N + 1]``, rising from >= 0 to <= L: prefix n is entries ``[offsets[n],
             offsets[n + 1])``. None: one prefix of L entries.
         prefix_index: int ``[B]``, each row's prefix, -1 for none. None: prefix 0 for all rows.
@@ -86,8 +86,8 @@ def prefix_attention(  # type: ignore[misc]
         bias: floating ``[B or 1, Hq or 1, S or 1, W + T]``, added after the softcap (ALiBi, T5). The last T columns
             belong to the own keys, column p before them to entry p of the row's own prefix; W is L for one prefix,
             else at least the longest.
-        prefix_key_scale, prefix_value_scale: float32 ``[Hkv, ceil(L / prefix_scale_block)]``, of an int8 prefix: entry
-            l of head h stands for ``int8[h, l] * scale[h, l // prefix_scale_block]``. All three or none.
+        prefix_key_scale, prefix_value_scale: float32 ``[Hkv, ceil(L / prefix_scale_block)]``, of an 8-bit prefix:
+            entry l of head h stands for ``prefix[h, l] * scale[h, l // prefix_scale_block]``. All three or none.
         prefix_scale_block: > 0, entries of the pack that share a scale.
         return_lse: return ``(out, lse)``.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
@@ -169,7 +169,9 @@ def _check(
     if kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"query: expected a multiple of value's {kv_heads} heads, found {q_heads} heads")
     prefix_len = prefix_key.shape[1] if prefix_key.dim() == 3 else -1
-    prefix_dtype = torch.int8 if quantized else query.dtype
+    prefix_dtype = query.dtype
+    if quantized:
+        prefix_dtype = prefix_key.dtype if prefix_key.dtype in LARGEST else torch.int8
     for name, x, shape, dtype in (
         ("key", key, (batch, kv_heads, own, head_dim), query.dtype),
         ("value", value, (batch, kv_heads, own, v_dim), query.dtype),
@@ -276,7 +278,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         grad_out = torch.zeros_like(out)
     quantized = ctx.scale_block is not None
     if quantized:
-        # Kept in int8 between the passes; no backend's backward has to know of it.
+        # Kept in 8 bits between the passes; no backend's backward has to know of it.
         for i, scale in ((3, key_scale), (4, value_scale)):
             tensors[i] = dequantize(tensors[i], scale, ctx.scale_block, out.dtype)
     *grads, grad_sinks = _backward_op(grad_out, grad_lse, *tensors, *ctx.options, sinks, bias, out, lse, ctx.backend)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.heuristics import join_keys, score_rows
-from softprompt_fast.backends.int8 import dequantize
+from softprompt_fast.backends.quantized import dequantize
 from softprompt_fast.backends.torch._visibility import Part, Visibility
 
 # PyTorch's own tiled CPU kernels. Unlike scaled_dot_product_attention they return the LSE, and the backward takes any

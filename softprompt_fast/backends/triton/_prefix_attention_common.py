@@ -19,10 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def row_prefix(row, prefix_offsets, prefix_index, packed):
     """First entry in the pack and number of entries of a row's prefix, both int32 scalars; 0 entries for none."""
-    prefix = 0
+    prefix = tl.full([], 0, tl.int32)
     if prefix_index is not None:
         prefix = tl.load(prefix_index + row).to(tl.int32)
-    first, length = 0, packed
+    first, length = tl.full([], 0, tl.int32), packed
     if prefix_offsets is not None:
         n = tl.maximum(prefix, 0)
         first = tl.load(prefix_offsets + n).to(tl.int32)
@@ -35,7 +35,7 @@ def row_prefix(row, prefix_offsets, prefix_index, packed):
 @triton.jit
 def row_own(row, own_start, own_end, query_start, queries, own):
     """A row's range of own keys and the own position of its first query: int32 scalars (start, end, position)."""
-    start, end, position = 0, own, own - queries
+    start, end, position = tl.full([], 0, tl.int32), own, own - queries
     if own_start is not None:
         start = tl.load(own_start + row).to(tl.int32)
     if own_end is not None:

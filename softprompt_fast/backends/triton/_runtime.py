@@ -98,6 +98,11 @@ def processors(device: torch.device) -> int:
     return _properties(device.index or 0).multi_processor_count if device.type == "cuda" else 4
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether kernels can read float8_e4m3fn: from compute capability 8.9 on, and interpreted."""
+    return device.type == "cpu" or (torch.version.hip is None and _capability(device.index or 0) >= (8, 9))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` of float32 products: exact, unless PyTorch was told that tf32 will do."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 prefixes, from the op to ``generate``: what their dequantised floats give, and close to the original."""
+"""int8 and float8 prefixes, from the op to ``generate``: what their dequantised floats give, and close to the
+original."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from models import assert_same_logits, make_model, make_rows, pad_rows, relative_error
 
 from softprompt_fast import PrefixKV, SoftPromptModel, ops
-from softprompt_fast.backends import int8, native
+from softprompt_fast.backends import native, quantized
+from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import (
     AttentionInputs,
@@ -27,6 +29,8 @@ from softprompt_fast.testing import (
 
 _C, _WHY_NOT = native.load()
 BACKENDS = ["torch", *(f"cpu {isa}" for isa in _C.available_isas())] if _C else ["torch", "cpu"]
+INT8, E4M3 = torch.int8, torch.float8_e4m3fn
+KINDS = pytest.mark.parametrize("kind", [INT8, E4M3], ids=["int8", "e4m3"])
 
 PACKED = {"prefix": 21, "prefix_offsets": [0, 8, 8, 21], "prefix_index": [2, -1, 0]}
 CASES: dict[str, dict[str, Any]] = {
@@ -65,20 +69,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         _C.use_isa("auto")
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, block: int = 8) -> AttentionInputs:
-    """A case with an int8 prefix, in buffers whose other entries are large and whose other scales are NaN."""
+def make(name: str, dtype: torch.dtype = torch.float32, block: int = 8, kind: torch.dtype = INT8) -> AttentionInputs:
+    """A case with an 8-bit prefix, in buffers whose other entries are large and whose other scales are NaN."""
     inputs = attention_inputs(dtype=dtype, **CASES[name])
     options, entries = {**inputs.options, "prefix_scale_block": block}, []
     for which, x in (("key", inputs.prefix_key), ("value", inputs.prefix_value)):
-        quantized, scale = int8.quantize(x, block)
-        buffer = torch.full([n + 2 for n in x.shape], 127, dtype=torch.int8)
-        entries.append(buffer[1:-1, 1:-1, 1:-1].copy_(quantized))
+        entry, scale = quantized.quantize(x, block, kind)
+        buffer = torch.full([n + 2 for n in x.shape], quantized.LARGEST[kind]).to(kind)
+        entries.append(buffer[1:-1, 1:-1, 1:-1].copy_(entry))
         options[f"prefix_{which}_scale"] = guarded(scale.shape, order=(1, 0)).copy_(scale)
     return replace(inputs, prefix_key=entries[0], prefix_value=entries[1], options=options)
 
 
 def dequantized(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
-    """The call with floats in place of int8, an entry at a time, everything in `dtype`."""
+    """The call with floats in place of 8 bits, an entry at a time, everything in `dtype`."""
     options = dict(inputs.options)
     block, floats = options.pop("prefix_scale_block"), []
     for which, x in (("key", inputs.prefix_key), ("value", inputs.prefix_value)):
@@ -95,10 +99,11 @@ def run(inputs: AttentionInputs, backend: str) -> tuple[torch.Tensor, torch.Tens
 # ---- the op ------------------------------------------------------------------------------------------------------
 
 
+@KINDS
 @pytest.mark.parametrize("block", [1, 8, 64])
 @pytest.mark.parametrize("name", CASES)
-def test_the_reference_dequantises(name: str, block: int) -> None:
-    inputs = make(name, torch.float64, block)
+def test_the_reference_dequantises(name: str, block: int, kind: torch.dtype) -> None:
+    inputs = make(name, torch.float64, block, kind)
     exact = dequantized(inputs, torch.float64)
     for found, want in zip(run(inputs, "reference"), reference(*exact.tensors, **exact.options), strict=True):
         assert torch.equal(found, want)
@@ -132,11 +137,31 @@ def test_16_bits_round_the_float32_result(name: str, dtype: torch.dtype, backend
     assert out.dtype == dtype and torch.equal(out, wide_out.to(dtype)) and torch.equal(lse, wide_lse)
 
 
+def test_the_cpu_kernels_have_no_float8() -> None:
+    if _C is None:
+        pytest.skip(_WHY_NOT)
+    inputs = make("plain", kind=E4M3)
+    with pytest.raises(BackendError, match="cpu: it takes float32, bfloat16 and float16, found float8_e4m3fn"):
+        run(inputs, "cpu")
+    # Without a backend named, another one serves it.
+    assert torch.equal(ops.prefix_attention(*inputs.tensors, **inputs.options), run(inputs, "torch")[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_that_of_the_floats(name: str, dtype: torch.dtype, backend: str) -> None:
-    inputs = make(name, dtype)
-    out, lse = run(inputs, backend)
+    check_error(make(name, dtype), dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_error_of_float8_is_that_of_the_floats(name: str, dtype: torch.dtype) -> None:
+    check_error(make(name, dtype, kind=E4M3), dtype, "torch")
+
+
+def check_error(inputs: AttentionInputs, dtype: torch.dtype, backend: str) -> None:
+    with poisoned_memory():
+        out, lse = run(inputs, backend)
     exact, plain = dequantized(inputs, torch.float64), dequantized(inputs, dtype)
     oracle_out, oracle_lse = reference(*exact.tensors, **exact.options)
     base_out, base_lse = plain.baseline()
@@ -211,6 +236,8 @@ def test_compiles_to_one_graph(backend: str) -> None:
             r"prefix_key: expected float32 \[2, 20, 16\] on cpu, found int8 \[2, 20, 16\]",
         ),
         ({"prefix_key": torch.zeros(2, 20, 16)}, r"prefix_key: expected int8 \[2, 20, 16\] .*found float32"),
+        ({"prefix_value": torch.zeros(2, 20, 16).to(E4M3)}, r"prefix_value: expected int8 .*found float8_e4m3fn"),
+        ({"prefix_key": torch.zeros(2, 20, 16, dtype=torch.uint8)}, r"prefix_key: expected int8 .*found uint8"),
         ({"prefix_value": torch.zeros(2, 19, 16, dtype=torch.int8)}, r"prefix_value: .*\[2, 20, 16\].*\[2, 19, 16\]"),
         ({"prefix_key_scale": torch.zeros(2, 2)}, r"prefix_key_scale: expected float32 \[2, 3\] on cpu, found .*2, 2"),
         ({"prefix_value_scale": torch.zeros(2, 3, 1)}, r"prefix_value_scale: expected float32 \[2, 3\]"),
@@ -254,47 +281,73 @@ def test_every_value_is_within_half_a_step(
     sizes = 10.0 ** torch.randint(-3, 1, (length, 1), generator=generator).double()
     sizes *= torch.randint(0, 3, (length, 1), generator=generator) > 0
     x = (torch.randn(heads, length, dim, generator=generator).double() * sizes * 10.0**exponent).to(dtype)
-    entries, scale = int8.quantize(x, block)
+    entries, scale = quantized.quantize(x, block)
     assert entries.dtype == torch.int8 and entries.shape == x.shape and entries.is_contiguous()
     assert scale.dtype == torch.float32 and scale.shape == (heads, -(-length // block)) and scale.isfinite().all()
     assert not length or entries.min() >= -127
     step = scale.double().repeat_interleave(block, 1)[:, :length, None]
-    error = (int8.dequantize(entries, scale, block, torch.float64) - x.double()).abs()
+    error = (quantized.dequantize(entries, scale, block, torch.float64) - x.double()).abs()
     # Scales are float32: near its smallest numbers (1.4e-45) the scale itself is off, for 127 entries' worth.
     assert (error <= step * 0.5 * (1 + 1e-4) + 127 * 1.5e-45).all()
     assert (entries[(x == 0)] == 0).all()
 
 
-def test_blocks_of_zeros() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [1, 3, 16])
+def test_every_float8_value_is_within_half_a_step(block: int, dtype: torch.dtype) -> None:
+    """A sixteenth of a value, or 2^-10 of its block's scale where that is more."""
+    x = (torch.randn(2, 37, 9, dtype=torch.float64) * 10.0 ** torch.randint(-6, 3, (2, 37, 9))).to(dtype)
+    entries, scale = quantized.quantize(x, block, E4M3)
+    assert entries.dtype == E4M3 and entries.is_contiguous() and scale.dtype == torch.float32
+    step = scale.double().repeat_interleave(block, 1)[:, :37, None]
+    error = (quantized.dequantize(entries, scale, block, torch.float64) - x.double()).abs()
+    assert (error <= (x.double().abs() / 16).maximum(step / 1024) * (1 + 1e-4)).all()
+
+
+@KINDS
+def test_blocks_of_zeros(kind: torch.dtype) -> None:
     x = torch.randn(2, 8, 4)
     x[:, 2:4] = 0
-    entries, scale = int8.quantize(x, 2)
+    entries, scale = quantized.quantize(x, 2, kind)
     assert (scale[:, 1] == 0).all() and (scale[:, 0] > 0).all()
-    found = int8.dequantize(entries, scale, 2, torch.float32)
-    assert (found[:, 2:4] == 0).all() and entries[:, :2].abs().max() == 127
+    found = quantized.dequantize(entries, scale, 2, torch.float32)
+    assert (found[:, 2:4] == 0).all() and entries[:, :2].float().abs().max() == quantized.LARGEST[kind]
+
+
+def test_quantize_refuses(tmp_path: Path) -> None:
+    model = make_model()
+    prefix = model.compile_prompt("a")
+    with pytest.raises(ValueError, match=r"dtype: expected torch.int8 or torch.float8_e4m3fn, found torch.float16"):
+        prefix.quantize(dtype=torch.float16)
+    with pytest.raises(ValueError, match="the prefix is float8_e4m3fn already"):
+        prefix.quantize(dtype=E4M3).quantize()
+    mixed = [prefix.quantize(4, kind) for kind in (INT8, E4M3)]
+    with pytest.raises(ValueError, match=r"expected int8 or float8_e4m3fn throughout .* found float8_e4m3fn, int8"):
+        PrefixKV(mixed[0].keys, mixed[1].values, method="TEST", fingerprint="", scales=mixed[0].scales)
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
-def add_int8(model: SoftPromptModel, *names: str, block: int = 4) -> None:
-    """Beside each prompt "p": its int8 prefix "p8", and "p8 floats", what that stands for."""
+def add_quantized(model: SoftPromptModel, *names: str, block: int = 4, kind: torch.dtype = INT8) -> None:
+    """Beside each prompt "p": its 8-bit prefix "p8", and "p8 floats", what that stands for."""
     for name in names:
-        quantized = model.compile_prompt(name).quantize(block)
-        model.add_prompt(f"{name}8", quantized)
-        model.add_prompt(f"{name}8 floats", quantized.dequantize(model.dtype))
+        prefix = model.compile_prompt(name).quantize(block, kind)
+        model.add_prompt(f"{name}8", prefix)
+        model.add_prompt(f"{name}8 floats", prefix.dequantize(model.dtype))
 
 
 ROWS = make_rows([4, 7, 1, 6])
 
 
 @torch.no_grad()
+@KINDS
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])
-def test_a_model_computes_with_the_dequantised_prefix(family: str, side: str) -> None:
-    """Shared and (bloom) expanded: one prompt, ragged packs, rows without one, int8 beside floats."""
+def test_a_model_computes_with_the_dequantised_prefix(family: str, side: str, kind: torch.dtype) -> None:
+    """Shared and (bloom) expanded: one prompt, ragged packs, rows without one, 8 bits beside floats."""
     model = make_model(family)
-    add_int8(model, "a", "b")
+    add_quantized(model, "a", "b", kind=kind)
     ids, mask = pad_rows(ROWS, side)
     for prompts in ("a8", ["a8", "b8", None, "a8"], ["b8", "a8", "a8", None], ["a8", "b", None, "b8"]):
         floats: Any = [p + " floats" if p in ("a8", "b8") else p for p in prompts]
@@ -308,10 +361,11 @@ def test_a_model_computes_with_the_dequantised_prefix(family: str, side: str) ->
 
 
 @torch.no_grad()
+@KINDS
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
-def test_generate(family: str) -> None:
+def test_generate(family: str, kind: torch.dtype) -> None:
     model = make_model(family)
-    add_int8(model, "a", "b")
+    add_quantized(model, "a", "b", kind=kind)
     ids, mask = pad_rows(ROWS, "left")
     options = {"max_new_tokens": 6, "do_sample": False}
     for prompts in ("a8", ["a8", "b8", None, "a8"], ["b8", "b", "a8", None]):
@@ -327,7 +381,7 @@ def test_generate(family: str) -> None:
 @torch.no_grad()
 def test_a_pack_stays_int8_unless_floats_are_in_it() -> None:
     model = make_model()  # prompts of 5 and 9 virtual tokens
-    add_int8(model, "a", "b", block=4)
+    add_quantized(model, "a", "b", block=4)
     alone, pair, mixed = (
         model._bank.packed([(name, None) for name in names]) for names in (["a8"], ["a8", "b8"], ["a8", "b"])
     )
@@ -348,13 +402,18 @@ def test_a_pack_stays_int8_unless_floats_are_in_it() -> None:
     assert wide.scales.block == 2 and wide.scales.values[1].shape == (2, 9)
     for layer, (key, _) in enumerate(wide.floating(1, torch.float32)):
         assert torch.equal(key, model.get_prompt("c8").dequantize().keys[layer])
+    # Of two kinds neither can stay: both become the model's floats.
+    model.add_prompt("e8", model.compile_prompt("b").quantize(4, E4M3))
+    both = model._bank.packed([("a8", None), ("e8", None)], torch.bfloat16)
+    assert both.scales is None and both.keys[0].dtype == torch.bfloat16
+    assert torch.equal(both.keys[1][:, 5:], model.get_prompt("e8").dequantize(torch.bfloat16).keys[1])
 
 
 @torch.no_grad()
 def test_attention_that_the_op_cannot_give() -> None:
     """Weights are asked for: the original implementation runs over the dequantised, expanded prefix."""
     model = make_model("gemma2")
-    add_int8(model, "a")
+    add_quantized(model, "a")
     found, want = (model(ROWS[1][None], prompt=p, output_attentions=True).attentions for p in ("a8", "a8 floats"))
     for x, y in zip(found, want, strict=True):
         assert torch.equal(x, y)
@@ -362,7 +421,7 @@ def test_attention_that_the_op_cannot_give() -> None:
 
 def test_training_beside_it_and_no_gradient_through_it() -> None:
     model = make_model()
-    add_int8(model, "a")
+    add_quantized(model, "a")
     model.base.requires_grad_(True)
     for name in ("a8", "a8 floats"):
         model.base.zero_grad()
@@ -376,20 +435,21 @@ def test_training_beside_it_and_no_gradient_through_it() -> None:
 
 
 @torch.no_grad()
-def test_it_follows_the_model(tmp_path: Path) -> None:
+@KINDS
+def test_it_follows_the_model(tmp_path: Path, kind: torch.dtype) -> None:
     model = make_model()
-    add_int8(model, "a")
+    add_quantized(model, "a", kind=kind)
     ids = ROWS[1][None].repeat(2, 1)
     want = model(ids, prompt="a8").logits
     model.get_prompt("a8").save_pretrained(tmp_path)
     model.load_prompt("loaded", tmp_path)
-    assert model.get_prompt("loaded").dtype == torch.int8
+    assert model.get_prompt("loaded").dtype == kind
     assert torch.equal(model(ids, prompt="loaded").logits, want)
     # Rounding this model's weights to bfloat16 moves its logits by 1%.
     for dtype, allowed in ((torch.float64, 1e-5), (torch.bfloat16, 3e-2)):
         model.to(dtype)
         kept = model.get_prompt("a8")
-        assert kept.dtype == torch.int8 and kept.scales.keys[0].dtype == torch.float32
+        assert kept.dtype == kind and kept.scales.keys[0].dtype == torch.float32
         assert model.get_prompt("a8 floats").dtype == dtype
         assert relative_error(model(ids, prompt="a8").logits.float(), want) <= allowed
 
@@ -401,9 +461,9 @@ def test_how_far_the_original_is(block: int, record_property: Any) -> None:
     1.0% to 1.2% of their norm at every block; a scale off by one block, or a sign lost, gives more than 20%."""
     model = make_model()
     ids, mask = pad_rows(ROWS, "left")
-    quantized = model.compile_prompt("b").quantize(block)
-    facts = quantized.quantization
-    model.add_prompt("b8", quantized)
+    prefix = model.compile_prompt("b").quantize(block)
+    facts = prefix.quantization
+    model.add_prompt("b8", prefix)
     found, want = (model(ids, attention_mask=mask, prompt=p).logits[mask.bool()] for p in ("b8", "b"))
     error = relative_error(found, want)
     record_property("relative logit error", error)
@@ -417,7 +477,7 @@ def test_how_far_the_original_is(block: int, record_property: Any) -> None:
 def test_compiled_model() -> None:
     torch._dynamo.reset()
     model = make_model()
-    add_int8(model, "a", "b")
+    add_quantized(model, "a", "b")
     compiled = torch.compile(model, backend="eager", dynamic=True)
     ids, mask = pad_rows(ROWS, "left")
     for prompt in ("a8", ["a8", None, "b8", "a8"]):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device
+round to the nearest, so that results would be off by a unit in the last place and sums of them biased; and it
+multiplies matrices of bfloat16 by their bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def round_like_a_gpu() -> None:
+    """Replace the interpreter's casts between float32 and bfloat16 by PyTorch's, and multiply bfloat16 in float32."""
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:
+        return
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(src.data.copy()).bfloat16()
+            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(torch.from_numpy(src.data.copy()).view(torch.bfloat16).float().numpy(), tl.float32)
+        return cast(self, src, dst_type)
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+
+
+def loop_to_a_tensor() -> None:
+    """Triton 3.6 makes a loop's bounds Python numbers in a way that NumPy 2.4 refuses for arrays of one element."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
