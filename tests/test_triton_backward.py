@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to the Triton backward of prefix_attention; tests/ops/test_prefix_attention.py has its numbers."""
+"""What is particular to the Triton backward of prefix_attention; tests/ops/test_prefix_attention.py checks the op."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ def backward(
     )
     if sliding_window is not None:
         sliding_window = min(sliding_window, 1 << 30)  # sums with it stay in int32
-    general = not (sliding_window is None and softcap is None and bias is None) or not (
-        head_dim == _block(head_dim) and v_dim == _block(v_dim)
-    )
+    whole = head_dim == _block(head_dim) and v_dim == _block(v_dim)
+    plain = sliding_window is None and softcap is None and bias is None
+    keys = tuning_keys(max(head_dim, v_dim), query.element_size(), whole, plain)
     sums_config, query_config, own_config, prefix_config = (
         _tuning.configuration(OP, f"backward_{kernel}", key, _runtime.places(device))
-        for kernel, key in zip(KERNELS, tuning_keys(max(head_dim, v_dim), query.element_size(), general), strict=True)
+        for kernel, key in zip(KERNELS, keys, strict=True)
     )
     grad_query = query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2)
     grad_key, grad_value, grad_prefix_key, grad_prefix_value = (
@@ -155,14 +155,14 @@ def backward(
     return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks
 
 
-def tuning_keys(head_dim: int, element_size: int, general: bool) -> tuple[str, ...]:
-    """A key for each of KERNELS. General: a window, a softcap, a bias or a head that is no power of 2, all of which
-    need registers, hence smaller blocks.
+def tuning_keys(head_dim: int, element_size: int, whole: bool, plain: bool) -> tuple[str, ...]:
+    """A key for each of KERNELS. Windows, softcaps and biases take registers, and so do heads that fill no block (not
+    ``whole``): their blocks have to be smaller.
 
-    Example: heads of 100 in bfloat16: ``("d128-16bit", *3 * ("d128-16bit-general",))``.
+    Example: heads of 128 in bfloat16 with a softcap: ``("d128-16bit", *3 * ("d128-16bit-options",))``.
     """
     key = tuning_key(head_dim, element_size)
-    return (key, *3 * (f"{key}-general" if general else key,))
+    return (key, *3 * (key if whole and plain else f"{key}-options" if whole else f"{key}-odd",))
 
 
 def _add_up_parts(parts: Tensor, total: Tensor) -> None:
