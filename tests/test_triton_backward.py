@@ -22,7 +22,8 @@ NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "sinks")
 INDICES = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
 # Three prompts and a row without one, prompts of one entry and of several blocks, unused entries at both ends.
 MANY_ROWS: dict[str, Any] = {
-    "batch": 13, "q_heads": 2, "kv_heads": 1, "queries": 3, "own": 4, "prefix": 60, "prefix_offsets": [2, 3, 24, 24, 57],
+    "batch": 13, "q_heads": 2, "kv_heads": 1, "queries": 3, "own": 4, "prefix": 60,
+    "prefix_offsets": [2, 3, 24, 24, 57],
     "prefix_index": [3, 1, -1, 3, 0, 3, 3, 1, 3, 2, 1, 3, 3],
 }  # fmt: skip
 
