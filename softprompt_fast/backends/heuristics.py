@@ -99,8 +99,8 @@ def prefix_splits(blocks: int, rows: int, processors: int) -> int:
     """Among how many programs the Triton backward shares out the rows of each block of a prefix's gradient.
 
     Each program sums over its rows on its own, so partial sums take memory and time: as few as leave the least time
-    until the last is done, ``ceil(blocks * splits / processors) / splits`` of a block's, and never more than two blocks a
-    processor. Their memory is then bounded by the processors, whatever the batch.
+    until the last is done, ``ceil(blocks * splits / processors) / splits`` of a block's, and never more than two
+    blocks a processor. Their memory is then bounded by the processors, whatever the batch.
 
     Example: 512 entries in blocks of 128, 8 heads, 16 rows on 132 processors: 32 blocks, 4 splits, one wave of 128
     programs. 70 blocks: 3 splits, two waves of a third each. 133 blocks or more: one, and no partial sums.

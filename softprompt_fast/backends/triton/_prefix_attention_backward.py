@@ -2,32 +2,30 @@
 """Gradients of prefix_attention.
 
 The weights are computed again from the LSE (FlashAttention, Dao et al., 2022): with ``p = exp(score - lse)`` and
-``delta = grad_out . out - grad_lse``, the gradient of a score is ``p (grad_out . value - delta)``, whichever keys it is
-with. So each kernel walks what its gradient is a sum over, and every sum has one order:
+``delta = grad_out . out - grad_lse``, the gradient of a score is ``p (grad_out . value - delta)``, whichever keys it
+is with. So each kernel walks what its gradient is a sum over, and every sum has one order:
 
 * ``_row_sums``: delta, and the LSE in the form the others want it. A query that does not exist or saw nothing has an
   infinite one, hence weights of zero: no other kernel asks again.
 * ``_query_gradient``: a block of queries walks the row's prefix, then its own keys, as the forward does.
 * ``_own_gradient``: a block of a row's own keys walks the queries of its group's heads that see it.
 * ``_prefix_gradient``: a block of a prefix's entries walks the queries of *all rows that use it*, with the sum in
-  registers: no copy a row of the gradient exists, and nothing is added atomically. There are fewer such blocks than
-  multiprocessors, so each block's rows are split, and ``_add_up`` adds the few partial sums
+  registers: no copy a row of the gradient exists, and nothing is added atomically. Where such blocks are fewer than
+  multiprocessors each block's rows are shared out, and ``_add_up`` adds the few partial sums
   (``heuristics.prefix_splits``). With several prefixes a block lies within one of them, and ``_sort_rows`` lists the
-  rows by prefix beforehand: a program then meets only rows that see its whole block, and masks no score.
+  rows by prefix beforehand: a program meets only rows that see its whole block, and masks no score.
 
 dQ in a kernel of its own costs two more products for every five. Adding it up from the other kernels would take either
 atomics, whose sums differ from run to run, or partial sums of dQ in memory, which cost more than those products.
 
-Where keys are walked over, scores are held ``[queries, keys]``, where queries are, ``[keys, queries]``: the weights are
-then the left operand of the product that sums over them, and need no way through shared memory to be transposed.
-Keys outside a row's range need no mask where queries are walked over, for each key's gradient is a sum of its own:
-it is dropped at the end. Queries count as the op's contract has it; where they are padding (outside ``[own_start,
+Where keys are walked over, scores are held ``[queries, keys]``, where queries are, ``[keys, queries]``: the weights
+are then the left operand of the product that sums over them, and no way through shared memory transposes them. Keys
+outside a row's range need no mask where queries are walked over, for each key's gradient is a sum of its own: it is
+dropped at the end. Queries count as the op's contract has it; where they are padding (outside ``[own_start,
 own_end)``), what comes out is as unspecified as their output.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -36,10 +34,11 @@ from torch import Tensor
 
 from softprompt_fast.backends.heuristics import prefix_splits
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LOG2E, row_own, row_prefix, sees_own, tanh
+from softprompt_fast.backends.triton._prefix_attention_common import LOG2E, row_own, row_prefix, tanh
 from softprompt_fast.backends.triton.merge_states import tuning_key
 
 OP = "prefix_attention"
+KERNELS = ("sums", "query", "own", "prefix")
 
 
 def backward(
@@ -70,10 +69,14 @@ def backward(
         x if x is None else x.contiguous()
         for x in (prefix_offsets, prefix_index, own_start, own_end, query_start, sinks)
     )
-    tuned = tuning_key(max(head_dim, v_dim), query.element_size())
+    if sliding_window is not None:
+        sliding_window = min(sliding_window, 1 << 30)  # sums with it stay in int32
+    whole = head_dim == _block(head_dim) and v_dim == _block(v_dim)
+    plain = sliding_window is None and softcap is None and bias is None
+    keys = tuning_keys(max(head_dim, v_dim), query.element_size(), whole, plain)
     sums_config, query_config, own_config, prefix_config = (
-        _tuning.configuration(OP, f"backward_{kernel}", tuned, _runtime.places(device))
-        for kernel in ("sums", "query", "own", "prefix")
+        _tuning.configuration(OP, f"backward_{kernel}", key, _runtime.places(device))
+        for kernel, key in zip(KERNELS, keys, strict=True)
     )
     grad_query = query.new_empty(batch, queries, q_heads, head_dim).transpose(1, 2)
     grad_key, grad_value, grad_prefix_key, grad_prefix_value = (
@@ -118,7 +121,7 @@ def backward(
     )  # fmt: skip
     _runtime.launch(
         _own_gradient, (triton.cdiv(own, own_config["BLOCK_N"]) * batch * kv_heads,),
-        *queries_side, key, key.stride(), value, value.stride(), prefix_offsets, prefix_index,
+        *queries_side, key, key.stride(), value, value.stride(),
         grad_key, grad_key.stride(), grad_value, grad_value.stride(), *sizes, *options, **constants, **own_config,
     )  # fmt: skip
     if packed == 0:
@@ -152,6 +155,16 @@ def backward(
     return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks
 
 
+def tuning_keys(head_dim: int, element_size: int, whole: bool, plain: bool) -> tuple[str, ...]:
+    """A key for each of KERNELS. Windows, softcaps and biases take registers, and so do heads that fill no block (not
+    ``whole``): their blocks have to be smaller.
+
+    Example: heads of 128 in bfloat16 with a softcap: ``("d128-16bit", *3 * ("d128-16bit-options",))``.
+    """
+    key = tuning_key(head_dim, element_size)
+    return (key, *3 * (key if whole and plain else f"{key}-options" if whole else f"{key}-odd",))
+
+
 def _add_up_parts(parts: Tensor, total: Tensor) -> None:
     """``total = parts.sum(0)``, in an order that never changes; both dense."""
     count, size = parts.shape[0], total.numel()
@@ -178,7 +191,10 @@ _LENGTHS = ["batch", "queries", "own", "packed", "bias_columns", "window", "pref
 
 
 @triton.jit
-def _load(matrix, row, end, row_stride, column_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _load(
+    matrix, row, end, row_stride, column_stride,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Rows [R] of a matrix, [R, BLOCK]: zeros beyond its columns and, where MASKED, from row ``end`` on."""
     column = tl.arange(0, BLOCK)[None, :]
     pointers = matrix + row[:, None].to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
@@ -203,9 +219,8 @@ def _store(matrix, row, end, row_stride, column_stride, block, COLUMNS: tl.const
 
 
 @triton.jit
-def _gradient_of_scores(b_dot, b_grad_weight, b_lse, b_delta, b_bias, b_seen, scale, softcap):
-    """Weights and the gradients of ``scale * dot`` from products and row sums of one orientation: lse and delta
-    broadcast over keys. None: no bias, nothing hidden, no softcap."""
+def _weights(b_dot, b_lse, b_bias, b_seen, scale, softcap):
+    """Weights from products, and weights times the slope of the cap. None: no bias, nothing hidden, no softcap."""
     if softcap is not None:
         b_tanh = tanh(b_dot * (scale / softcap))
         b_score = b_tanh * (softcap * LOG2E)
@@ -216,10 +231,10 @@ def _gradient_of_scores(b_dot, b_grad_weight, b_lse, b_delta, b_bias, b_seen, sc
     if b_seen is not None:
         b_score = tl.where(b_seen, b_score, float("-inf"))
     b_weight = tl.exp2(b_score - b_lse)
-    b_grad = b_weight * (b_grad_weight - b_delta)
+    b_slope = b_weight
     if softcap is not None:
-        b_grad *= 1.0 - b_tanh * b_tanh
-    return b_weight, b_grad
+        b_slope = b_weight * (1.0 - b_tanh * b_tanh)
+    return b_weight, b_slope
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -276,7 +291,6 @@ def _walk_keys(
         b_key = _load(key, keys, end, key_row, key_column, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
         b_value = _load(value, keys, end, value_row, value_column, V_DIM, BLOCK_V, MASKED)  # [BLOCK_N, BLOCK_V]
         b_dot = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        b_grad_weight = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
         b_bias = None
         if bias is not None:
             pointers = bias + query[:, None].to(tl.int64) * bias_row + keys[None, :].to(tl.int64) * bias_column
@@ -284,10 +298,14 @@ def _walk_keys(
             b_bias = b_bias.to(tl.float32)
         b_seen = None
         if MASKED:
-            b_seen = sees_own(place[:, None], keys[None, :], begin, end, CAUSAL, window is not None, window)
-        _, b_grad_score = _gradient_of_scores(
-            b_dot, b_grad_weight, b_lse[:, None], b_delta[:, None], b_bias, b_seen, scale, softcap
-        )
+            b_seen = keys[None, :] < end
+            if CAUSAL:
+                b_seen = keys[None, :] <= tl.minimum(place, end - 1)[:, None]
+            if window is not None:
+                b_seen = b_seen & (keys[None, :] > place[:, None] - window)
+        _, b_slope = _weights(b_dot, b_lse[:, None], b_bias, b_seen, scale, softcap)
+        b_grad_weight = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
+        b_grad_score = b_slope * (b_grad_weight - b_delta[:, None])
         b_grad_query = tl.dot(b_grad_score.to(b_key.dtype), b_key, b_grad_query, input_precision=PRECISION)
     return b_grad_query
 
@@ -356,28 +374,17 @@ def _query_gradient(
         False, True, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
     )  # fmt: skip
 
-    # The row's own keys, likewise.
+    # The row's own keys. Masked throughout: that is one comparison a score, and a loop less to compile.
     p_key = key + row * key_strides[0] + kv_head * key_strides[1]
     p_value = value + row * value_strides[0] + kv_head * value_strides[1]
-    begin, all_see = start, end
     if CAUSAL:
         end = tl.minimum(end, last_place + 1)
-        all_see = tl.minimum(end, first_place + 1)
     if window is not None:
-        begin = tl.maximum(begin, first_place - window + 1)
-        middle = begin
-    else:
-        middle = begin + tl.maximum(all_see - begin, 0) // BLOCK_N * BLOCK_N
-        b_grad_query = _walk_keys(
-            b_grad_query, b_query, b_grad_out, b_lse, b_delta, m, queries, position + m,
-            p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3],
-            p_bias_own, bias_strides[2], bias_strides[3], begin, middle, scale, window, softcap,
-            False, False, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
-        )  # fmt: skip
+        start = tl.maximum(start, first_place - window + 1)
     b_grad_query = _walk_keys(
         b_grad_query, b_query, b_grad_out, b_lse, b_delta, m, queries, position + m,
         p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3],
-        p_bias_own, bias_strides[2], bias_strides[3], middle, end, scale, window, softcap,
+        p_bias_own, bias_strides[2], bias_strides[3], start, end, scale, window, softcap,
         CAUSAL, True, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
     )  # fmt: skip
     _store(
@@ -399,51 +406,63 @@ def _walk_queries(
     ``rows`` rows, give: one loop over all of them, so that the loads of a row's last step and of the next row's first
     overlap. ``first_place`` is where the (one) row's first query stands among these keys; not MASKED: all queries see
     them."""
-    blocks = tl.maximum(last_block - first_block, 0)
-    divisor = tl.maximum(blocks, 1)
-    for step in range(0, rows * GROUPS * blocks):
-        m = (first_block + step % divisor) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = first_row + step // divisor // GROUPS
-        if order is not None:
-            row = tl.load(order + row)
-        row = row.to(tl.int64)
-        head = kv_head * GROUPS + step // divisor % GROUPS
+    place, head, block = first_row, kv_head * GROUPS, first_block
+    row = place
+    if order is not None:
+        row = tl.load(order + place, mask=rows > 0, other=0)
+    for _ in range(0, rows * GROUPS * tl.maximum(last_block - first_block, 0)):
+        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row64, head64 = tl.cast(row, tl.int64), tl.cast(head, tl.int64)
         b_query = _load(
-            query + row * query_strides[0] + head * query_strides[1],
+            query + row64 * query_strides[0] + head64 * query_strides[1],
             m, queries, query_strides[2], query_strides[3], HEAD_DIM, BLOCK_D, True,
         )  # fmt: skip
         b_grad_out = _load(
-            grad_out + row * grad_out_strides[0] + head * grad_out_strides[1],
+            grad_out + row64 * grad_out_strides[0] + head64 * grad_out_strides[1],
             m, queries, grad_out_strides[2], grad_out_strides[3], V_DIM, BLOCK_V, True,
         )  # fmt: skip
-        b_lse = tl.load(lse2 + (row * Q_HEADS + head) * padded + m)
-        b_delta = tl.load(delta + (row * Q_HEADS + head) * padded + m)
         b_dot = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        b_grad_weight = tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION)
         b_bias = None
         if bias is not None:
             pointers = (
-                bias + row * bias_strides[0] + head * bias_strides[1] + m[None, :].to(tl.int64) * bias_strides[2]
+                bias + row64 * bias_strides[0] + head64 * bias_strides[1] + m[None, :].to(tl.int64) * bias_strides[2]
                 + (bias_column + keys[:, None]).to(tl.int64) * bias_strides[3]
             )  # fmt: skip
             b_bias = tl.load(pointers, mask=(m[None, :] < queries) & (keys[:, None] < key_end), other=0.0)
             b_bias = b_bias.to(tl.float32)
         b_seen = None
         if MASKED:
-            place = first_place + m
-            b_seen = sees_own(place[None, :], keys[:, None], 0, key_end, CAUSAL, window is not None, window)
-        b_weight, b_grad_score = _gradient_of_scores(
-            b_dot, b_grad_weight, b_lse[None, :], b_delta[None, :], b_bias, b_seen, scale, softcap
-        )
+            ahead = keys[:, None] - (first_place + m)[None, :]
+            if CAUSAL:
+                b_seen = ahead <= 0
+            if window is not None:
+                near = ahead > -window
+                b_seen = b_seen & near if CAUSAL else near
+        # Loaded, used and done with one after the other: a thread has a value of the LSE and of delta for each of its
+        # columns, and no registers for both.
+        b_lse = tl.load(lse2 + (row64 * Q_HEADS + head) * padded + m)
+        b_weight, b_slope = _weights(b_dot, b_lse[None, :], b_bias, b_seen, scale, softcap)
         b_grad_value = tl.dot(b_weight.to(b_grad_out.dtype), b_grad_out, b_grad_value, input_precision=PRECISION)
+        b_grad_weight = tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION)
+        b_delta = tl.load(delta + (row64 * Q_HEADS + head) * padded + m)
+        b_grad_score = b_slope * (b_grad_weight - b_delta[None, :])
         b_grad_key = tl.dot(b_grad_score.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
+        block += 1
+        head += tl.where(block == last_block, 1, 0)
+        block = tl.where(block == last_block, first_block, block)
+        place += tl.where(head == (kv_head + 1) * GROUPS, 1, 0)
+        head = tl.where(head == (kv_head + 1) * GROUPS, kv_head * GROUPS, head)
+        row = place
+        if order is not None:
+            # A step ahead: an address loaded where it is used would take a stage of the pipeline.
+            row = tl.load(order + place, mask=place < first_row + rows, other=0)
     return b_grad_key, b_grad_value
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _own_gradient(
     query, query_strides, grad_out, grad_out_strides, lse2, delta, bias, bias_strides,
-    own_start, own_end, query_start, key, key_strides, value, value_strides, prefix_offsets, prefix_index,
+    own_start, own_end, query_start, key, key_strides, value, value_strides,
     grad_key, grad_key_strides, grad_value, grad_value_strides,
     batch, queries, own, packed, padded, bias_columns, scale, window, softcap,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -455,52 +474,39 @@ def _own_gradient(
     first_key = tl.program_id(0) % key_blocks * BLOCK_N
     kv_heads = Q_HEADS // GROUPS
     row_head = tl.program_id(0) // key_blocks
-    row, kv_head = (row_head // kv_heads).to(tl.int64), (row_head % kv_heads).to(tl.int64)
+    row, kv_head = row_head // kv_heads, row_head % kv_heads
+    row64, kv_head64 = row.to(tl.int64), kv_head.to(tl.int64)
     start, end, position = row_own(row, own_start, own_end, query_start, queries, own)
 
     n = first_key + tl.arange(0, BLOCK_N)
-    p_key = key + row * key_strides[0] + kv_head * key_strides[1]
-    p_value = value + row * value_strides[0] + kv_head * value_strides[1]
+    p_key = key + row64 * key_strides[0] + kv_head64 * key_strides[1]
+    p_value = value + row64 * value_strides[0] + kv_head64 * value_strides[1]
     b_key = _load(p_key, n, own, key_strides[2], key_strides[3], HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     b_value = _load(p_value, n, own, value_strides[2], value_strides[3], V_DIM, BLOCK_V, True)  # [BLOCK_N, BLOCK_V]
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    # Queries [first_query, last_query) see some of the block's visible keys [first_seen, last_seen], those from
-    # all_see on every one.
+    # Queries [first_query, last_query) see some of the block's visible keys [first_seen, last_seen].
     first_seen, last_seen = tl.maximum(first_key, start), tl.minimum(first_key + BLOCK_N, end) - 1
-    first_query, all_see, last_query = 0, 0, queries
+    first_query, last_query = 0, queries
     if CAUSAL:
         first_query = tl.maximum(first_seen - position, 0)
-        all_see = tl.maximum(last_seen - position, 0)
     if window is not None:
         last_query = tl.minimum(queries, tl.maximum(last_seen + window - position, 0))
     first_block, last_block = first_query // BLOCK_M, tl.cdiv(last_query, BLOCK_M)
     if first_seen > last_seen:
         last_block = first_block
-    middle_block = first_block
-    if CAUSAL:
-        middle_block = last_block
-        if window is None:
-            middle_block = tl.minimum(tl.maximum(tl.cdiv(all_see, BLOCK_M), first_block), last_block)
-        b_grad_key, b_grad_value = _walk_queries(
-            b_grad_key, b_grad_value, b_key, b_value, n, own,
-            query, query_strides, grad_out, grad_out_strides, lse2, delta, bias, bias_strides, bias_columns,
-            None, row, 1, kv_head, first_block, middle_block, position, queries, padded, scale, window, softcap,
-            CAUSAL, True, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, Q_HEADS, GROUPS, PRECISION,
-        )  # fmt: skip
-    if window is None:
-        b_grad_key, b_grad_value = _walk_queries(
-            b_grad_key, b_grad_value, b_key, b_value, n, own,
-            query, query_strides, grad_out, grad_out_strides, lse2, delta, bias, bias_strides, bias_columns,
-            None, row, 1, kv_head, middle_block, last_block, position, queries, padded, scale, window, softcap,
-            CAUSAL, False, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, Q_HEADS, GROUPS, PRECISION,
-        )  # fmt: skip
+    b_grad_key, b_grad_value = _walk_queries(
+        b_grad_key, b_grad_value, b_key, b_value, n, own,
+        query, query_strides, grad_out, grad_out_strides, lse2, delta, bias, bias_strides, bias_columns,
+        None, row, 1, kv_head, first_block, last_block, position, queries, padded, scale, window, softcap,
+        CAUSAL, CAUSAL, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, Q_HEADS, GROUPS, PRECISION,
+    )  # fmt: skip
     seen = ((n >= start) & (n < end))[:, None]
     b_grad_key = tl.where(seen, b_grad_key * scale, 0.0)
     b_grad_value = tl.where(seen, b_grad_value, 0.0)
-    p_grad_key = grad_key + row * grad_key_strides[0] + kv_head * grad_key_strides[1]
-    p_grad_value = grad_value + row * grad_value_strides[0] + kv_head * grad_value_strides[1]
+    p_grad_key = grad_key + row64 * grad_key_strides[0] + kv_head64 * grad_key_strides[1]
+    p_grad_value = grad_value + row64 * grad_value_strides[0] + kv_head64 * grad_value_strides[1]
     _store(p_grad_key, n, own, grad_key_strides[2], grad_key_strides[3], b_grad_key, HEAD_DIM, BLOCK_D)
     _store(p_grad_value, n, own, grad_value_strides[2], grad_value_strides[3], b_grad_value, V_DIM, BLOCK_V)
 
@@ -575,7 +581,7 @@ def _prefix_gradient(
 ):  # fmt: skip
     """The split-th part of the gradients, [splits, Hkv, L, ...]."""
     kv_heads = Q_HEADS // GROUPS
-    kv_head = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) // blocks % kv_heads
     split = tl.program_id(0) // blocks // kv_heads
     prefix, first, length, first_entry = _block_of_pack(
         tl.program_id(0) % blocks, prefix_offsets, prefixes, packed, BLOCK_N
@@ -584,9 +590,9 @@ def _prefix_gradient(
     begin, end = count * split // splits, count * (split + 1) // splits
 
     n = first_entry + tl.arange(0, BLOCK_N)
-    first64 = tl.cast(first, tl.int64)
-    p_key = key + kv_head * key_strides[0] + first64 * key_strides[1]
-    p_value = value + kv_head * value_strides[0] + first64 * value_strides[1]
+    first64, kv_head64 = tl.cast(first, tl.int64), kv_head.to(tl.int64)
+    p_key = key + kv_head64 * key_strides[0] + first64 * key_strides[1]
+    p_value = value + kv_head64 * value_strides[0] + first64 * value_strides[1]
     b_key = _load(p_key, n, length, key_strides[1], key_strides[2], HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     b_value = _load(p_value, n, length, value_strides[1], value_strides[2], V_DIM, BLOCK_V, True)
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -617,8 +623,8 @@ def _prefix_gradient(
                 False, True, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, Q_HEADS, GROUPS, PRECISION,
             )  # fmt: skip
     split64 = split.to(tl.int64)
-    p_grad_key = grad_key + split64 * grad_key_strides[0] + kv_head * grad_key_strides[1]
-    p_grad_value = grad_value + split64 * grad_value_strides[0] + kv_head * grad_value_strides[1]
+    p_grad_key = grad_key + split64 * grad_key_strides[0] + kv_head64 * grad_key_strides[1]
+    p_grad_value = grad_value + split64 * grad_value_strides[0] + kv_head64 * grad_value_strides[1]
     p_grad_key += first64 * grad_key_strides[2]
     p_grad_value += first64 * grad_value_strides[2]
     _store(p_grad_key, n, length, grad_key_strides[2], grad_key_strides[3], b_grad_key * scale, HEAD_DIM, BLOCK_D)

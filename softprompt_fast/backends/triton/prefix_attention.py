@@ -2,30 +2,21 @@
 """prefix_attention in Triton: which kernels serve a call.
 
 Prefill and training run in one launch (:mod:`._prefix_attention_prefill`). Where a row has so few queries that they
-would leave its tiles empty, those of all rows are stacked and the keys split (:mod:`._prefix_attention_decode`).
+would leave its tiles empty, those of all rows are stacked and the keys split (:mod:`._prefix_attention_decode`). Gradients: :mod:`._prefix_attention_backward`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt_fast.backends import heuristics
+from softprompt_fast.backends.triton import _prefix_attention_backward, _runtime
+from softprompt_fast.backends.triton import _prefix_attention_decode as decode
 from softprompt_fast.backends.triton import _prefix_attention_prefill as prefill
-from softprompt_fast.backends.triton import _runtime
 
-
-def _landed(name: str, otherwise: str) -> Any:
-    found = importlib.util.find_spec(f"softprompt_fast.backends.triton.{name}") is not None
-    return importlib.import_module(f"softprompt_fast.backends.{'triton.' + name if found else otherwise}")
-
-
-_decode = _landed("_prefix_attention_decode", "triton._prefix_attention_prefill")
-_backward = _landed("_prefix_attention_backward", "torch.prefix_attention")
 
 # Accumulators of wider heads do not fit the registers beside the scores.
 MAX_HEAD_DIM = 256
@@ -48,9 +39,9 @@ def reasons(*args: Any) -> list[str]:
 def forward(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Arguments: those of the op, as in :func:`._prefix_attention_prefill.forward`."""
     stacked = heuristics.stack_queries(query.shape[2], query.shape[1] // key.shape[1])
-    return (_decode if stacked else prefill).forward(query, key, *args)
+    return (decode if stacked else prefill).forward(query, key, *args)
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Arguments: grad_out, grad_lse, those of the op up to bias, out, lse."""
-    return _backward.backward(*args)
+    return _prefix_attention_backward.backward(*args)
