@@ -2,7 +2,8 @@
 """prefix_attention in Triton: which kernels serve a call.
 
 Prefill and training run in one launch (:mod:`._prefix_attention_prefill`). Where a row has so few queries that they
-would leave its tiles empty, those of all rows are stacked and the keys split (:mod:`._prefix_attention_decode`). Gradients: :mod:`._prefix_attention_backward`.
+would leave its tiles empty, those of all rows are stacked and the keys split (:mod:`._prefix_attention_decode`).
+Gradients: :mod:`._prefix_attention_backward`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.triton import _prefix_attention_backward, _runtime
 from softprompt_fast.backends.triton import _prefix_attention_decode as decode
 from softprompt_fast.backends.triton import _prefix_attention_prefill as prefill
-
 
 # Accumulators of wider heads do not fit the registers beside the scores.
 MAX_HEAD_DIM = 256
