@@ -79,6 +79,7 @@ def forward(
     prefixes = 1 if prefix_offsets is None else max(1, prefix_offsets.shape[0] - 1)
     stacked = batch * groups * queries
     plain = prefix_index is None and prefix_key_scale is None and softcap is None and bias is None
+    plain = plain and {head_dim, v_dim} == {_block(max(head_dim, v_dim))}
     key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes, plain)
     config = dict(_tuning.configuration(OP, "decode", key_of_config, places))
     if torch.version.hip is not None:
@@ -135,9 +136,10 @@ def forward(
 
 def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int, plain: bool) -> str:
     """``stacked``: queries of a key/value head that share a prefix, over all rows. ``plain``: one prefix in
-    the queries' dtype, no softcap and no bias; the others need more registers, so smaller tiles.
+    the queries' dtype, no softcap, no bias, and heads that fill their blocks; the others need more registers, so
+    smaller tiles.
 
-    Example: 64 rows with one prefix, 4 grouped heads of 100 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
+    Example: 64 rows with one prefix, 4 grouped heads of 128 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
     and as "d128-16bit-m128-general" where each row has a prefix of its choice.
     """
     rows = min(128, _block(stacked))

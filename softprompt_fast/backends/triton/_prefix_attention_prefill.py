@@ -54,7 +54,8 @@ def forward(
     # What the output projection reads next: [B, S, Hq, Dv].
     out = query.new_empty(batch, queries, q_heads, v_dim)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
-    tuned = tuning_key(max(head_dim, v_dim), query.element_size(), prefix_key_scale is not None, bias is not None)
+    plain = bias is None and {head_dim, v_dim} == {_block(max(head_dim, v_dim))}
+    tuned = tuning_key(max(head_dim, v_dim), query.element_size(), prefix_key_scale is not None, plain)
     config = _tuning.configuration(OP, "prefill", tuned, _runtime.places(query.device))
     keys: tuple[Any, ...] = (key, value, prefix_key, prefix_value)
     if config["DESCRIPTORS"]:
@@ -85,10 +86,12 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-def tuning_key(head_dim: int, element_size: int, quantized: bool, bias: bool) -> str:
-    """Example: heads of 100 in bfloat16 are tuned as "d128-16bit", as "d128-16bit-prefix8bit" on an 8-bit prefix, and
-    as "d128-16bit-bias" wherever there is a bias, whose tiles want smaller ones beside them."""
-    kind = "-bias" if bias else "-prefix8bit" if quantized else ""
+def tuning_key(head_dim: int, element_size: int, quantized: bool, plain: bool) -> str:
+    """``plain``: no bias, whose tiles take room beside the others, and heads that fill their blocks.
+
+    Example: heads of 128 in bfloat16 are tuned as "d128-16bit", on an 8-bit prefix as "d128-16bit-prefix8bit"; with a
+    bias, and heads of 100, as "d128-16bit-general"."""
+    kind = "-general" if not plain else "-prefix8bit" if quantized else ""
     return f"d{_block(head_dim)}-{8 * element_size}bit{kind}"
 
 

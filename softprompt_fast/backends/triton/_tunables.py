@@ -111,7 +111,7 @@ def _prefill(key: str, device: torch.device) -> Call:
     size, bits, *prefix_bits = _numbers(key)
     lengths: dict[str, Any] = {"batch": 16, "queries": 512, "own": 512, "prefix": 512}
     arguments, scales = _attention(
-        size, bits, device, **lengths, prefix_bits=next(iter(prefix_bits), None), bias=key.endswith("-bias")
+        size, bits, device, **lengths, prefix_bits=next(iter(prefix_bits), None), bias=key.endswith("-general")
     )
     return lambda: _backend("prefix_attention").forward(*arguments, *scales)
 
@@ -166,7 +166,7 @@ def _decode_candidates(key: str) -> list[dict[str, Any]]:
 _PREFIX_ATTENTION = (
     Tunable(
         "prefill",
-        tuple(f"{key}{end}" for key in _HEAD_KEYS for end in ("", "-prefix8bit", "-bias")),
+        tuple(f"{key}{end}" for key in _HEAD_KEYS for end in ("", "-prefix8bit", "-general")),
         _tiles("prefill"),
         _prefill,
     ),
