@@ -68,7 +68,7 @@ CASES: dict[str, dict] = {
     "softcap prefill": {"softcap": 1.5, "queries": 7},
     "softcap window": {"softcap": 1.5, "sliding_window": 4, "own_start": [0, 1, 2]},
     "sinks": {"sinks": True, "q_heads": 16},  # one gradient a head: fewer make no mean
-    "sinks decode window": {"sinks": True, "queries": 1, "sliding_window": 5},
+    "sinks decode window": {"sinks": True, "q_heads": 16, "queries": 1, "sliding_window": 5},
     "sinks alone": {"sinks": True, "queries": 7, "own_start": [0, 7, 7], "prefix": 0},
     "bias": {"bias": (3, 4, 5, 13)},
     "bias broadcast": {"bias": (1, 4, 1, 13), "queries": 5},

@@ -272,7 +272,8 @@ def _row_sums(
     tl.store(delta + row_head * padded + query, b_delta)
     if sinks is not None:
         # A sink's weight is exp(sink - lse), its value zero: only -delta is left of its score's gradient.
-        b_weight = tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - b_lse2)
+        # The difference first: its rounding is the smaller one.
+        b_weight = tl.exp2((tl.load(sinks + head).to(tl.float32) - tl.where(empty, float("inf"), b_lse)) * LOG2E)
         tl.store(sink_sums + (row * blocks + block) * q_heads + head, -tl.sum(b_weight * b_delta, 0))
 
 

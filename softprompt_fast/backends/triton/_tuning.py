@@ -97,8 +97,13 @@ def table(folder: Path, place: str, op: str) -> Table:
 
 
 def dump(table: Table) -> str:
-    """A table as the text of its file: sorted, "d64" before "d128", so that a change reads well in a diff."""
-    return json.dumps(_sorted(table), indent=1) + "\n"
+    """A table as the text of its file: sorted, "d64" before "d128", and a configuration a line, so that a change reads
+    well in a diff."""
+    kernels = []
+    for kernel, configurations in _sorted(table).items():
+        lines = (f"  {json.dumps(key)}: {json.dumps(found)}" for key, found in configurations.items())
+        kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
 def folders() -> list[Path]:
