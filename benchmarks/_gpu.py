@@ -49,7 +49,7 @@ class System:
 
 @dataclass
 class Bar:
-    """What the issue asks for: a number that a case's row must reach."""
+    """What the table asks for: a number that a case's row must reach."""
 
     text: str
     measure: Callable[[Row], float]

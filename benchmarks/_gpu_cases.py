@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of issue 4's table: what is measured on a GPU, against what, and how fast it has to be. bfloat16.
+"""The rows of the table: what is measured on a GPU, against what, and how fast it has to be. bfloat16.
 
 ``smoke`` asks for the same rows at sizes that a CPU finishes at once.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -421,6 +423,17 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
             more = {"table": table} if "prompt" in x else {}
             return ops.prompt_qkv(**x, weight=weight, **options, **more, **how)
 
+        def by_name(form: str, ours: Callable[..., Any] = ours) -> System:
+            """Triton's ``one_kernel`` or ``composed``, whichever would be picked."""
+
+            def call(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+                module: Any = importlib.import_module("softprompt_fast.backends.triton.prompt_qkv")
+                chosen = getattr(module, form)
+                with mock.patch.multiple(module, one_kernel=chosen, composed=chosen):
+                    return ours(x, backend="triton")
+
+            return System(call)
+
         def reference(x: dict[str, Tensor]) -> list[Tensor]:
             exact = {name: t.float() if t.is_floating_point() else t for name, t in x.items()}
             more = {"table": table.float()} if "prompt" in x else {}
@@ -441,6 +454,8 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
             make,
             {
                 "ours": System(ours),
+                "Triton, one kernel": by_name("one_kernel"),
+                "Triton, composed": by_name("composed"),
                 "PyTorch": System(lambda x, plain=plain, steps=steps: steps(x, plain)),
                 "PyTorch, compiled": System(lambda x, compiled=compiled, steps=steps: steps(x, compiled)),
             },
