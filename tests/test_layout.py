@@ -18,6 +18,8 @@ ROOMS = (
     "softprompt_fast/ops/{}.py",
     "softprompt_fast/reference/{}.py",
     "softprompt_fast/backends/torch/{}.py",
+    "softprompt_fast/backends/cpu/{}.py",
+    "softprompt_fast/backends/triton/{}.py",
     "tests/ops/test_{}.py",
     "benchmarks/bench_{}.py",
 )
