@@ -56,14 +56,20 @@ class Result:
         return asdict(self)
 
 
-def run(ops: Sequence[str], kernels: Sequence[str], output: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Tune every kernel asked for (none named: all), on the current GPU, and write the tables.
+def run(
+    ops: Sequence[str],
+    kernels: Sequence[str],
+    keys: Sequence[str],
+    output: Path | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tune every key of every kernel asked for (none named: all), on the current GPU, and write the tables.
 
     Raises:
         NoDeviceError: there is none, or Triton is missing.
-        ValueError: an op or a kernel is unknown.
+        ValueError: an op, a kernel or a key is unknown.
     """
-    chosen = tunables(ops, kernels)
+    chosen = tunables(ops, kernels, keys)
     from softprompt_fast.backends.triton import _runtime, _tuning
 
     if not torch.cuda.is_available():
@@ -77,7 +83,7 @@ def run(ops: Sequence[str], kernels: Sequence[str], output: Path | None, say: Ca
     results = []
     for op, tunable in chosen:
         found = []
-        for key in tunable.keys:
+        for key in (key for key in tunable.keys if not keys or key in keys):
             found.append(tune(op, tunable, key, device, timer))
             say(describe(found[-1]))
         write(folder, place, op, found)  # an interrupted run keeps what is done
@@ -85,12 +91,12 @@ def run(ops: Sequence[str], kernels: Sequence[str], output: Path | None, say: Ca
     return {"device": place, "folder": str(folder / place), "results": [result.to_dict() for result in results]}
 
 
-def tunables(ops: Sequence[str], kernels: Sequence[str]) -> list[tuple[str, Any]]:
-    """(op, Tunable) of every kernel asked for; an empty list asks for all.
+def tunables(ops: Sequence[str], kernels: Sequence[str], keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """(op, Tunable) of every kernel asked for that has one of the keys; an empty list asks for all.
 
     Raises:
         NoDeviceError: Triton is missing.
-        ValueError: there is no such op or kernel; the message lists those there are.
+        ValueError: there is no such op, kernel or key; the message lists those there are.
     """
     found: list[tuple[str, Any]] = []
     missing = {op: _registry.available_backends(op)["triton"] for op in _registry.OPS}
@@ -101,13 +107,19 @@ def tunables(ops: Sequence[str], kernels: Sequence[str]) -> list[tuple[str, Any]
         found = [(op, tunable) for op in here for tunable in TUNABLES[op].values()]
     if not found:
         raise NoDeviceError("; ".join(dict.fromkeys(reason for why in missing.values() for reason in why)))
-    for what, asked, known in (
-        ("op", ops, [op for op, _ in found]),
-        ("kernel", kernels, [tunable.kernel for op, tunable in found if not ops or op in ops]),
-    ):
+
+    def narrowed(what: str, asked: Sequence[str], names: Callable[[str, Any], Sequence[str]]) -> None:
+        nonlocal found
+        known = dict.fromkeys(name for op, tunable in found for name in names(op, tunable))
         if unknown := sorted(set(asked) - set(known)):
-            raise ValueError(f"{what}: expected {', '.join(dict.fromkeys(known))}, found {', '.join(unknown)}")
-    return [(op, t) for op, t in found if (not ops or op in ops) and (not kernels or t.kernel in kernels)]
+            raise ValueError(f"{what}: expected {', '.join(known)}, found {', '.join(unknown)}")
+        if asked:
+            found = [(op, tunable) for op, tunable in found if set(asked) & set(names(op, tunable))]
+
+    narrowed("op", ops, lambda op, tunable: [op])
+    narrowed("kernel", kernels, lambda op, tunable: [tunable.kernel])
+    narrowed("key", keys, lambda op, tunable: tunable.keys)
+    return found
 
 
 def tune(op: str, tunable: Any, key: str, device: torch.device, timer: Timer, rounds: int = ROUNDS) -> Result:

@@ -228,12 +228,13 @@ def test_a_result_that_was_never_written_is_seen(monkeypatch: pytest.MonkeyPatch
     assert not found.improved and found.skipped == {"other results": 1}
 
 
+def result(key: str, config: dict[str, Any]) -> tune.Result:
+    shipped = _tuning.shipped("merge_states", "forward", KEY, ("interpreter",))
+    return tune.Result("merge_states", "forward", key, config, 1.0, shipped, 1.0, 2, {})
+
+
 def test_only_what_is_better_is_written(own: Path) -> None:
     shipped = _tuning.shipped("merge_states", "forward", KEY, ("interpreter",))
-
-    def result(key: str, config: dict[str, Any]) -> tune.Result:
-        return tune.Result("merge_states", "forward", key, config, 1.0, shipped, 1.0, 2, {})
-
     tune.write(own, "a-gpu", "merge_states", [result(KEY, shipped)])
     assert not list(own.iterdir())
     tune.write(own, "a-gpu", "merge_states", [result(KEY, FAST), result("d64-16bit", SLOW)])
@@ -249,3 +250,24 @@ def test_which_kernels_are_asked_for() -> None:
     assert [(op, t.kernel) for op, t in tune.tunables(["merge_states"], ["backward"])] == [
         ("merge_states", "backward")
     ]
+    kernels = {t.kernel for _, t in tune.tunables(["prefix_attention"], [], ["d128-16bit"])}
+    assert "prefill" in kernels and "decode" not in kernels  # its keys say how many queries are stacked, too
+    assert [(op, t.kernel) for op, t in tune.tunables([], ["prefill"], ["d128-16bit"])] == [
+        ("prefix_attention", "prefill")
+    ]
+    with pytest.raises(ValueError, match=r"key: expected .*d128-16bit.*, found d999"):
+        tune.tunables([], ["prefill"], ["d999"])
+
+
+def test_only_the_keys_asked_for_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    monkeypatch.setattr(_runtime, "refusals", lambda *tensors: [])
+    monkeypatch.setattr(_runtime, "places", lambda device: ("a-gpu", "default"))
+    monkeypatch.setattr(tune, "cuda_timer", lambda: None)
+    measured = []
+    monkeypatch.setattr(tune, "tune", lambda op, t, key, *rest: measured.append((t.kernel, key)) or result(key, FAST))
+    tune.run(["merge_states"], ["forward"], [KEY], tmp_path, lambda text: None)
+    assert measured == [("forward", KEY)]

@@ -187,6 +187,10 @@ def tune(
     kernels: Annotated[
         list[str] | None, typer.Option("--kernel", help="Kernel of it, may be given several times; all.")
     ] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option("--key", help="Key such as d128-16bit, may be given several times; all of the kernels'."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -202,7 +206,7 @@ def tune(
     with session(as_json) as run:
         from softprompt_fast import tune as tuning
 
-        run.finish(tuning.run(ops or [], kernels or [], output, run.say))
+        run.finish(tuning.run(ops or [], kernels or [], keys or [], output, run.say))
 
 
 @app.command(epilog=EXIT_CODES)
