@@ -33,7 +33,9 @@ class GrowingLayer(DynamicLayer):
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._length = 0
-        super().__init__()
+        # Not by super().__init__(), which assigns keys and values: Dynamo of torch 2.11 repeats such an assignment to
+        # a property when a compiled call ends, and the buffer would be lost.
+        self.is_initialized = False
 
     @property
     def keys(self) -> torch.Tensor | None:
