@@ -33,7 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LN2, LOG2E, capped, row_own, row_prefix
+from softprompt_fast.backends.triton._prefix_attention_common import (
+    LN2,
+    LOG2E,
+    MAX_WINDOW,
+    capped,
+    row_own,
+    row_prefix,
+)
 
 OP = "prefix_attention"
 MAX_SPLITS = 64  # of the prefix, and of the own keys; _combine holds the LSEs of both in registers
@@ -118,7 +125,8 @@ def forward(
         *index, sinks if single else None, sinks.stride(0) if single and sinks is not None else None,
         bias, None if bias_strides is None else tuple(bias_strides), 0 if bias is None else bias.shape[3] - own,
         states, state_lse, partials, out.stride(),
-        batch, kv_heads, queries, own, packed, scale, softcap, 0 if sliding_window is None else sliding_window,
+        batch, kv_heads, queries, own, packed, scale, softcap,
+        0 if sliding_window is None else min(sliding_window, MAX_WINDOW),
         prefix_tiles, prefix_splits, own_tiles, own_splits,
         GROUPS=groups, HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_D=_block(head_dim), BLOCK_V=_block(v_dim),
         CAUSAL=causal, WINDOW=sliding_window is not None, SCALE_LAST=softcap is None and bias is None and scale > 0,

@@ -48,15 +48,15 @@ def tuning_key(head_dim: int, element_size: int) -> str:
 def _launch(kernel: Any, name: str, out: Tensor, states: tuple[Tensor, ...], **flags: Any) -> None:
     """``states``: outputs ``[..., D]`` and LSEs ``[...]`` in turn, each followed by its strides in the launch."""
     head_dim = out.shape[-1]
-    if out.numel() == 0:
-        return  # without a row there is nothing to write, and without a column nothing that anyone reads
+    rows = states[1].numel()
+    if rows == 0:
+        return
     key = tuning_key(min(head_dim, 256), out.element_size())
     config = _tuning.configuration(OP, name, key, _runtime.places(out.device))
     sizes = (*(1,) * (4 - out.dim()), *out.shape[:-1])
-    rows = out.numel() // head_dim
     arguments = [y for x in states for y in (x, _strides(x, 4 if x.dim() == out.dim() else 3))]
     grid = (triton.cdiv(rows, config["BLOCK_ROWS"]),)
-    block = triton.next_power_of_2(head_dim)
+    block = max(1, triton.next_power_of_2(head_dim))  # states without a column have an LSE all the same
     _runtime.launch(kernel, grid, *arguments, rows, sizes[1], sizes[2], head_dim, BLOCK_D=block, **flags, **config)
 
 
