@@ -348,7 +348,7 @@ def _attend_own(
     b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
     p_bias = None
     if bias is not None:
-        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + bias_width * bias_strides[3]
+        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + tl.cast(bias_width, tl.int64) * bias_strides[3]
     start, end, position = row_own(row, own_start, own_end, query_start, queries, own)
     b_low, b_high = tl.zeros_like(b_i) + start, tl.zeros_like(b_i) + end
     if CAUSAL:
@@ -385,7 +385,7 @@ def _attend_own(
 def _load_queries(query, strides, b_row, b_head, b_i, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
     p_query = query + (b_row.to(tl.int64) * strides[0] + b_head.to(tl.int64) * strides[1])[:, None]
-    p_query += b_i.to(tl.int64)[:, None] * strides[2] + d * strides[3]
+    p_query += b_i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64) * strides[3]
     if HEAD_DIM == BLOCK_D:
         return tl.load(p_query)  # [M, BLOCK_D]
     return tl.load(p_query, mask=d < HEAD_DIM, other=0.0)
@@ -454,7 +454,7 @@ def _walk(
     for begin in range(low, high, BLOCK_N):
         j = begin + n
         entry = (first + j).to(tl.int64)
-        p_key = key + entry[None, :] * key_stride + d[:, None] * key_dim_stride
+        p_key = key + entry[None, :] * key_stride + d.to(tl.int64)[:, None] * key_dim_stride
         if MASKED:
             b_k = tl.load(p_key, mask=(j < high)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
         elif HEAD_DIM != BLOCK_D:
@@ -486,7 +486,7 @@ def _walk(
         b_fade = tl.exp2(b_top - b_shift)
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
         b_acc *= b_fade[:, None]
-        p_value = value + entry[:, None] * value_stride + dv[None, :] * value_dim_stride
+        p_value = value + entry[:, None] * value_stride + dv.to(tl.int64)[None, :] * value_dim_stride
         if MASKED:
             b_v = tl.load(p_value, mask=(j < high)[:, None] & (dv < V_DIM)[None, :], other=0.0)
         elif V_DIM != BLOCK_V:

@@ -102,12 +102,12 @@ def _forward(
     b_lse_a = tl.load(lse_a + _offsets(row, lse_a_strides, n1, n2), mask=exists, other=0.0)
     b_lse_b = tl.load(lse_b + _offsets(row, lse_b_strides, n1, n2), mask=exists, other=0.0)
     weight_a, weight_b, b_lse = _weights(b_lse_a, b_lse_b)
-    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column * out_a_strides[3]
-    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column * out_b_strides[3]
+    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column.to(tl.int64) * out_a_strides[3]
+    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column.to(tl.int64) * out_b_strides[3]
     b_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_D]
     b_b = tl.load(p_b, mask=mask, other=0.0).to(tl.float32)
     b_out = weight_a[:, None] * b_a + weight_b[:, None] * b_b
-    p_out = out + _offsets(row, out_strides, n1, n2)[:, None] + column * out_strides[3]
+    p_out = out + _offsets(row, out_strides, n1, n2)[:, None] + column.to(tl.int64) * out_strides[3]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + _offsets(row, lse_strides, n1, n2), b_lse, mask=exists)
 
@@ -130,9 +130,9 @@ def _backward(
     b_lse_a = tl.load(lse_a + _offsets(row, lse_a_strides, n1, n2), mask=exists, other=0.0)
     b_lse_b = tl.load(lse_b + _offsets(row, lse_b_strides, n1, n2), mask=exists, other=0.0)
     weight_a, weight_b, _ = _weights(b_lse_a, b_lse_b)
-    p_grad = grad_out + _offsets(row, grad_out_strides, n1, n2)[:, None] + column * grad_out_strides[3]
-    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column * out_a_strides[3]
-    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column * out_b_strides[3]
+    p_grad = grad_out + _offsets(row, grad_out_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_out_strides[3]
+    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column.to(tl.int64) * out_a_strides[3]
+    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column.to(tl.int64) * out_b_strides[3]
     b_grad = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_D]
     b_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)
     b_b = tl.load(p_b, mask=mask, other=0.0).to(tl.float32)
@@ -142,8 +142,8 @@ def _backward(
         b_grad_lse = tl.load(grad_lse + _offsets(row, grad_lse_strides, n1, n2), mask=exists, other=0.0)
         b_grad_lse_a += weight_a * b_grad_lse
         b_grad_lse_b += weight_b * b_grad_lse
-    p_grad_a = grad_a + _offsets(row, grad_a_strides, n1, n2)[:, None] + column * grad_a_strides[3]
-    p_grad_b = grad_b + _offsets(row, grad_b_strides, n1, n2)[:, None] + column * grad_b_strides[3]
+    p_grad_a = grad_a + _offsets(row, grad_a_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_a_strides[3]
+    p_grad_b = grad_b + _offsets(row, grad_b_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_b_strides[3]
     tl.store(p_grad_a, (weight_a[:, None] * b_grad).to(grad_a.dtype.element_ty), mask=mask)
     tl.store(p_grad_b, (weight_b[:, None] * b_grad).to(grad_b.dtype.element_ty), mask=mask)
     tl.store(grad_lse_a + _offsets(row, grad_lse_a_strides, n1, n2), b_grad_lse_a, mask=exists)
