@@ -37,3 +37,15 @@ def strided(
         memory = torch.full((before + size + behind,), torch.iinfo(dtype).max, dtype=dtype)
         memory[places] = torch.randint(-127, 128, (len(places),), dtype=dtype)
     return memory.to(dtype).as_strided(shape, strides, before)
+
+
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy whose last element in a dimension lies more than 2^31 elements behind its first. Only the pages that are
+    used take memory."""
+    strides, step = [0] * x.dim(), 1
+    for d in reversed(range(x.dim())):
+        if d != dim:
+            strides[d], step = step, step * x.shape[d]
+    strides[dim] = (1 << 31) // (x.shape[dim] - 1) // 16 * 16 + 16
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    return torch.empty(span, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
