@@ -114,6 +114,11 @@ def test_positions_far_out(queries: int, options: dict[str, Any], position: int)
         assert x.isfinite().all()
 
 
+def test_a_negative_scale_in_bfloat16() -> None:
+    inputs = attention_inputs(dtype=torch.bfloat16, queries=20, own=20, prefix=20, scale=-0.3)
+    check(inputs, 2e-2)
+
+
 @pytest.mark.parametrize("options", [{}, {"sinks": True}, {"softcap": 3.0}], ids=str)
 def test_extreme_scores(options: dict[str, Any]) -> None:
     """Scores of some 1e5: one key takes all the weight, which exp alone would overflow on."""
