@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter computes with bfloat16 like a GPU. On its own it cuts float32 off where kernels on a device
 round to the nearest, so that results would be off by a unit in the last place and sums of them biased; it multiplies
-matrices of bfloat16 by their bits, and turns integers into such bits."""
+matrices of bfloat16 by their bits, negates them so too, and turns integers into such bits."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def round_like_a_gpu() -> None:
         a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *rest)
 
+    binary = InterpreterBuilder.binary_op
+
+    def binary_op(self: Any, a: Any, b: Any, op: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16 or b.dtype.scalar != tl.bfloat16:
+            return binary(self, a, b, op)
+        result = binary(self, cast_impl(self, a, tl.float32), cast_impl(self, b, tl.float32), op)
+        return result if result.data.dtype == bool else cast_impl(self, result, tl.bfloat16)
+
+    unary = InterpreterBuilder.unary_op
+
+    def unary_op(self: Any, a: Any, op: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return unary(self, a, op)
+        return cast_impl(self, unary(self, cast_impl(self, a, tl.float32), op), tl.bfloat16)
+
+    InterpreterBuilder.unary_op = unary_op
+    InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
 

@@ -32,6 +32,7 @@ from softprompt_fast import ops
 from softprompt_fast.backends import native
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import AttentionInputs, attention_inputs, poisoned_memory
+from tests.random_tensors import strided
 
 ROOT = Path(__file__).parent.parent
 EXTENSION, REASON = native.load()
@@ -71,23 +72,6 @@ def run(inputs: AttentionInputs, backend: str = "cpu") -> tuple[torch.Tensor, to
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def strided(draw: Callable[..., Any], shape: tuple[int, ...]) -> torch.Tensor:
-    """Random numbers with strides of any kind: permuted, sliced, repeated (0) or overlapping. The memory between and
-    around them is NaN."""
-    strides, step = [0] * len(shape), 1
-    for dim in draw(st.permutations(range(len(shape)))):
-        kind = draw(st.sampled_from(["dense", "dense", "dense", "sliced", "repeated", "overlapping"]))
-        strides[dim] = {"repeated": 0, "overlapping": 1, "sliced": 2 * step}.get(kind, step)
-        step = max(step, strides[dim] * max(shape[dim], 1))
-    before, behind = draw(st.integers(0, 3)), draw(st.integers(0, 3))
-    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    places = torch.arange(before + size + behind).as_strided(shape, strides, before).unique()
-    memory = torch.full((before + size + behind,), float("nan"))
-    memory[places] = torch.randn(len(places))
-    return memory.as_strided(shape, strides, before)
 
 
 @st.composite

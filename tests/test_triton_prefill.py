@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from softprompt_fast import ops
 from softprompt_fast.backends.triton import _prefix_attention_prefill as prefill
 from softprompt_fast.backends.triton import _tuning
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
@@ -95,6 +96,29 @@ def test_scales(scale: float) -> None:
         check(inputs)
 
 
+@pytest.mark.parametrize("position", [-(2**31), 2**31 - 1, 2**63 - 1])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 2**31 - 1}, {"sliding_window": 9}], ids=str)
+@pytest.mark.parametrize("queries", [3, 20], ids=["decode", "prefill"])
+def test_positions_far_out(queries: int, options: dict[str, Any], position: int) -> None:
+    """query_start is not bounded by the op: a query may stand anywhere, and sees all own keys or none. Whatever it is,
+    nothing beside the keys is read."""
+    inputs = attention_inputs(batch=1, **HEADS, queries=queries, own=37, own_start=[5], **options).requires_grad_()
+    inputs.options["query_start"] = torch.tensor([position])
+    out, lse = ops.prefix_attention(*inputs.tensors, **inputs.options, return_lse=True, backend="triton")
+    if options.get("sliding_window") == 9:
+        assert torch.isneginf(lse).all() == (position > 0)
+    else:
+        near = {**inputs.options, "query_start": torch.tensor([60 if position > 0 else -60])}
+        assert torch.equal(out, ops.prefix_attention(*inputs.tensors, **near, backend="triton"))
+    for x in torch.autograd.grad((out, lse), inputs.tensors, (torch.ones_like(out), torch.ones_like(lse))):
+        assert x.isfinite().all()
+
+
+def test_a_negative_scale_in_bfloat16() -> None:
+    inputs = attention_inputs(dtype=torch.bfloat16, queries=20, own=20, prefix=20, scale=-0.3)
+    check(inputs, 2e-2)
+
+
 @pytest.mark.parametrize("options", [{}, {"sinks": True}, {"softcap": 3.0}], ids=str)
 def test_extreme_scores(options: dict[str, Any]) -> None:
     """Scores of some 1e5: one key takes all the weight, which exp alone would overflow on."""
@@ -123,6 +147,16 @@ def test_other_rows_change_no_bit(name: str) -> None:
     for rows in ([2, 0, 1], [1], [0, 0, 2]):
         some_out, some_lse = run(rows_of(inputs, rows))
         assert torch.equal(some_out, out[rows]) and torch.equal(some_lse, lse[rows])
+
+
+def test_indexes_and_sinks_of_any_stride() -> None:
+    inputs = attention_inputs(**SPANNING["packed"], sinks=True)
+    apart = {
+        name: torch.stack([x, torch.full_like(x, 1)], -1)[:, 0] if isinstance(x, torch.Tensor) else x
+        for name, x in inputs.options.items()
+    }
+    for x, y in zip(run(AttentionInputs(*inputs.tensors, apart)), run(inputs), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])

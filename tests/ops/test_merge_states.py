@@ -106,6 +106,14 @@ def test_extreme_lse(scale: float, backend: str) -> None:
     assert torch.equal(out, keep[0]) and torch.equal(lse, keep[1])
 
 
+def test_states_without_columns(backend: str) -> None:
+    out, lse = torch.empty(3, 0), torch.tensor([0.0, 1.0, -torch.inf])
+    with poisoned_memory():
+        merged, merged_lse = ops.merge_states(out, lse, out, lse, backend=backend)
+    assert merged.shape == (3, 0)
+    torch.testing.assert_close(merged_lse, lse + math.log(2.0))
+
+
 @pytest.mark.parametrize("lse", [-math.inf, -3.4e38, -1e4, -1e-30, 0.0, 3.25, 1e30, 3.4e38])
 def test_one_state_comes_back_bit_for_bit(lse: float, backend: str) -> None:
     """Merged with an empty state, from either side."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from softprompt_fast.backends.heuristics import prefix_splits
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LOG2E, row_own, row_prefix, tanh
+from softprompt_fast.backends.triton._prefix_attention_common import LOG2E, MAX_WINDOW, row_own, row_prefix, tanh
 from softprompt_fast.backends.triton.merge_states import tuning_key
 
 OP = "prefix_attention"
@@ -70,7 +70,7 @@ def backward(
         for x in (prefix_offsets, prefix_index, own_start, own_end, query_start, sinks)
     )
     if sliding_window is not None:
-        sliding_window = min(sliding_window, 1 << 30)  # sums with it stay in int32
+        sliding_window = min(sliding_window, MAX_WINDOW)
     whole = head_dim == _block(head_dim) and v_dim == _block(v_dim)
     plain = sliding_window is None and softcap is None and bias is None
     keys = tuning_keys(max(head_dim, v_dim), query.element_size(), whole, plain)

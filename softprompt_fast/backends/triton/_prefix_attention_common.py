@@ -15,6 +15,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Sums of a position and a window are int32. A query may stand anywhere and a window be any size: both end here, where
+# no own key is and all prefixes are past.
+MAX_POSITION = tl.constexpr(1 << 29)
+MAX_WINDOW = 1 << 30
+
 
 @triton.jit
 def row_prefix(row, prefix_offsets, prefix_index, packed):
@@ -41,7 +46,8 @@ def row_own(row, own_start, own_end, query_start, queries, own):
     if own_end is not None:
         end = tl.load(own_end + row).to(tl.int32)
     if query_start is not None:
-        position = tl.load(query_start + row).to(tl.int32)
+        position = tl.load(query_start + row)
+        position = tl.minimum(tl.maximum(position, -MAX_POSITION), MAX_POSITION).to(tl.int32)
     return start, end, position
 
 

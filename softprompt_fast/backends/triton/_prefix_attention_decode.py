@@ -33,7 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LN2, LOG2E, capped, row_own, row_prefix
+from softprompt_fast.backends.triton._prefix_attention_common import (
+    LN2,
+    LOG2E,
+    MAX_WINDOW,
+    capped,
+    row_own,
+    row_prefix,
+)
 
 OP = "prefix_attention"
 MAX_SPLITS = 64  # of the prefix, and of the own keys; _combine holds the LSEs of both in registers
@@ -118,7 +125,8 @@ def forward(
         *index, sinks if single else None, sinks.stride(0) if single and sinks is not None else None,
         bias, None if bias_strides is None else tuple(bias_strides), 0 if bias is None else bias.shape[3] - own,
         states, state_lse, partials, out.stride(),
-        batch, kv_heads, queries, own, packed, scale, softcap, 0 if sliding_window is None else sliding_window,
+        batch, kv_heads, queries, own, packed, scale, softcap,
+        0 if sliding_window is None else min(sliding_window, MAX_WINDOW),
         prefix_tiles, prefix_splits, own_tiles, own_splits,
         GROUPS=groups, HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_D=_block(head_dim), BLOCK_V=_block(v_dim),
         CAUSAL=causal, WINDOW=sliding_window is not None, SCALE_LAST=softcap is None and bias is None and scale > 0,
@@ -340,7 +348,7 @@ def _attend_own(
     b_q = _load_queries(query, query_strides, b_row, b_head, b_i, HEAD_DIM, BLOCK_D)
     p_bias = None
     if bias is not None:
-        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + bias_width * bias_strides[3]
+        p_bias = _bias_rows(bias, bias_strides, b_row, b_head, b_i) + tl.cast(bias_width, tl.int64) * bias_strides[3]
     start, end, position = row_own(row, own_start, own_end, query_start, queries, own)
     b_low, b_high = tl.zeros_like(b_i) + start, tl.zeros_like(b_i) + end
     if CAUSAL:
@@ -377,7 +385,7 @@ def _attend_own(
 def _load_queries(query, strides, b_row, b_head, b_i, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
     p_query = query + (b_row.to(tl.int64) * strides[0] + b_head.to(tl.int64) * strides[1])[:, None]
-    p_query += b_i.to(tl.int64)[:, None] * strides[2] + d * strides[3]
+    p_query += b_i.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64) * strides[3]
     if HEAD_DIM == BLOCK_D:
         return tl.load(p_query)  # [M, BLOCK_D]
     return tl.load(p_query, mask=d < HEAD_DIM, other=0.0)
@@ -446,7 +454,7 @@ def _walk(
     for begin in range(low, high, BLOCK_N):
         j = begin + n
         entry = (first + j).to(tl.int64)
-        p_key = key + entry[None, :] * key_stride + d[:, None] * key_dim_stride
+        p_key = key + entry[None, :] * key_stride + d.to(tl.int64)[:, None] * key_dim_stride
         if MASKED:
             b_k = tl.load(p_key, mask=(j < high)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
         elif HEAD_DIM != BLOCK_D:
@@ -478,7 +486,7 @@ def _walk(
         b_fade = tl.exp2(b_top - b_shift)
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
         b_acc *= b_fade[:, None]
-        p_value = value + entry[:, None] * value_stride + dv[None, :] * value_dim_stride
+        p_value = value + entry[:, None] * value_stride + dv.to(tl.int64)[None, :] * value_dim_stride
         if MASKED:
             b_v = tl.load(p_value, mask=(j < high)[:, None] & (dv < V_DIM)[None, :], other=0.0)
         elif V_DIM != BLOCK_V:

@@ -20,7 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LN2, LOG2E, capped, row_own, row_prefix
+from softprompt_fast.backends.triton._prefix_attention_common import (
+    LN2,
+    LOG2E,
+    MAX_WINDOW,
+    capped,
+    row_own,
+    row_prefix,
+)
 
 OP = "prefix_attention"
 # Stands for a scale of 0, by which a hidden score of -inf must not be multiplied.
@@ -51,6 +58,10 @@ def forward(
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
     packed = prefix_key.shape[1]
+    prefix_offsets, prefix_index, own_start, own_end, query_start, sinks = (
+        x if x is None else x.contiguous()
+        for x in (prefix_offsets, prefix_index, own_start, own_end, query_start, sinks)
+    )
     # What the output projection reads next: [B, S, Hq, Dv].
     out = query.new_empty(batch, queries, q_heads, v_dim)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
@@ -73,7 +84,7 @@ def forward(
         keys[2], prefix_key.stride(), keys[3], prefix_value.stride(),
         out, lse, prefix_offsets, prefix_index, own_start, own_end, query_start,
         max(abs(scale), SMALLEST_SCALE),
-        None if sliding_window is None else min(sliding_window, 1 << 30),  # sums with it stay in 32 bits
+        None if sliding_window is None else min(sliding_window, MAX_WINDOW),
         softcap, sinks,
         bias, None if bias is None else bias.expand(*query.shape[:3], -1).stride(),
         prefix_key_scale, None if prefix_key_scale is None else prefix_key_scale.stride(),

@@ -155,10 +155,14 @@ def load_rows(
         p_row = tl.where(from_prompt, p_prompt, p_own)
         if ALIGNED:
             p_row = tl.multiple_of(p_row, [16])
-        b_x = tl.load(p_row[:, None] + column * own_step, mask=(from_prompt | from_own)[:, None] & inside, other=0.0)
+        b_x = tl.load(
+            p_row[:, None] + column.to(tl.int64) * own_step, mask=(from_prompt | from_own)[:, None] & inside, other=0.0
+        )
     else:
-        b_virtual = tl.load(p_prompt[:, None] + column * prompt_step, mask=from_prompt[:, None] & inside, other=0.0)
-        b_own = tl.load(p_own[:, None] + column * own_step, mask=from_own[:, None] & inside, other=0.0)
+        b_virtual = tl.load(
+            p_prompt[:, None] + column.to(tl.int64) * prompt_step, mask=from_prompt[:, None] & inside, other=0.0
+        )
+        b_own = tl.load(p_own[:, None] + column.to(tl.int64) * own_step, mask=from_own[:, None] & inside, other=0.0)
         b_x = tl.where(from_prompt[:, None], b_virtual.to(tl.float32), b_own.to(tl.float32))
     if SCALED:
         b_x = b_x.to(tl.float32) * tl.where(from_prompt, prompt_scale, scale)[:, None]

@@ -48,15 +48,15 @@ def tuning_key(head_dim: int, element_size: int) -> str:
 def _launch(kernel: Any, name: str, out: Tensor, states: tuple[Tensor, ...], **flags: Any) -> None:
     """``states``: outputs ``[..., D]`` and LSEs ``[...]`` in turn, each followed by its strides in the launch."""
     head_dim = out.shape[-1]
-    if out.numel() == 0:
-        return  # without a row there is nothing to write, and without a column nothing that anyone reads
+    rows = states[1].numel()
+    if rows == 0:
+        return
     key = tuning_key(min(head_dim, 256), out.element_size())
     config = _tuning.configuration(OP, name, key, _runtime.places(out.device))
     sizes = (*(1,) * (4 - out.dim()), *out.shape[:-1])
-    rows = out.numel() // head_dim
     arguments = [y for x in states for y in (x, _strides(x, 4 if x.dim() == out.dim() else 3))]
     grid = (triton.cdiv(rows, config["BLOCK_ROWS"]),)
-    block = triton.next_power_of_2(head_dim)
+    block = max(1, triton.next_power_of_2(head_dim))  # states without a column have an LSE all the same
     _runtime.launch(kernel, grid, *arguments, rows, sizes[1], sizes[2], head_dim, BLOCK_D=block, **flags, **config)
 
 
@@ -102,12 +102,12 @@ def _forward(
     b_lse_a = tl.load(lse_a + _offsets(row, lse_a_strides, n1, n2), mask=exists, other=0.0)
     b_lse_b = tl.load(lse_b + _offsets(row, lse_b_strides, n1, n2), mask=exists, other=0.0)
     weight_a, weight_b, b_lse = _weights(b_lse_a, b_lse_b)
-    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column * out_a_strides[3]
-    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column * out_b_strides[3]
+    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column.to(tl.int64) * out_a_strides[3]
+    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column.to(tl.int64) * out_b_strides[3]
     b_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_D]
     b_b = tl.load(p_b, mask=mask, other=0.0).to(tl.float32)
     b_out = weight_a[:, None] * b_a + weight_b[:, None] * b_b
-    p_out = out + _offsets(row, out_strides, n1, n2)[:, None] + column * out_strides[3]
+    p_out = out + _offsets(row, out_strides, n1, n2)[:, None] + column.to(tl.int64) * out_strides[3]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + _offsets(row, lse_strides, n1, n2), b_lse, mask=exists)
 
@@ -130,9 +130,9 @@ def _backward(
     b_lse_a = tl.load(lse_a + _offsets(row, lse_a_strides, n1, n2), mask=exists, other=0.0)
     b_lse_b = tl.load(lse_b + _offsets(row, lse_b_strides, n1, n2), mask=exists, other=0.0)
     weight_a, weight_b, _ = _weights(b_lse_a, b_lse_b)
-    p_grad = grad_out + _offsets(row, grad_out_strides, n1, n2)[:, None] + column * grad_out_strides[3]
-    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column * out_a_strides[3]
-    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column * out_b_strides[3]
+    p_grad = grad_out + _offsets(row, grad_out_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_out_strides[3]
+    p_a = out_a + _offsets(row, out_a_strides, n1, n2)[:, None] + column.to(tl.int64) * out_a_strides[3]
+    p_b = out_b + _offsets(row, out_b_strides, n1, n2)[:, None] + column.to(tl.int64) * out_b_strides[3]
     b_grad = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_D]
     b_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)
     b_b = tl.load(p_b, mask=mask, other=0.0).to(tl.float32)
@@ -142,8 +142,8 @@ def _backward(
         b_grad_lse = tl.load(grad_lse + _offsets(row, grad_lse_strides, n1, n2), mask=exists, other=0.0)
         b_grad_lse_a += weight_a * b_grad_lse
         b_grad_lse_b += weight_b * b_grad_lse
-    p_grad_a = grad_a + _offsets(row, grad_a_strides, n1, n2)[:, None] + column * grad_a_strides[3]
-    p_grad_b = grad_b + _offsets(row, grad_b_strides, n1, n2)[:, None] + column * grad_b_strides[3]
+    p_grad_a = grad_a + _offsets(row, grad_a_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_a_strides[3]
+    p_grad_b = grad_b + _offsets(row, grad_b_strides, n1, n2)[:, None] + column.to(tl.int64) * grad_b_strides[3]
     tl.store(p_grad_a, (weight_a[:, None] * b_grad).to(grad_a.dtype.element_ty), mask=mask)
     tl.store(p_grad_b, (weight_b[:, None] * b_grad).to(grad_b.dtype.element_ty), mask=mask)
     tl.store(grad_lse_a + _offsets(row, grad_lse_a_strides, n1, n2), b_grad_lse_a, mask=exists)

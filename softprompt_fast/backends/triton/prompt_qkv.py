@@ -394,10 +394,10 @@ def _rotated(
     b_first, b_second, p_cos, p_sin, cos_step, sin_step, first, second, mask, BACK: tl.constexpr
 ):  # fmt: skip
     """Pairs turned by their position's angles; where ``mask`` is False they pass."""
-    b_cos_first = tl.load(p_cos + first * cos_step, mask=mask, other=1.0).to(tl.float32)
-    b_cos_second = tl.load(p_cos + second * cos_step, mask=mask, other=1.0).to(tl.float32)
-    b_sin_first = tl.load(p_sin + first * sin_step, mask=mask, other=0.0).to(tl.float32)
-    b_sin_second = tl.load(p_sin + second * sin_step, mask=mask, other=0.0).to(tl.float32)
+    b_cos_first = tl.load(p_cos + first.to(tl.int64) * cos_step, mask=mask, other=1.0).to(tl.float32)
+    b_cos_second = tl.load(p_cos + second.to(tl.int64) * cos_step, mask=mask, other=1.0).to(tl.float32)
+    b_sin_first = tl.load(p_sin + first.to(tl.int64) * sin_step, mask=mask, other=0.0).to(tl.float32)
+    b_sin_second = tl.load(p_sin + second.to(tl.int64) * sin_step, mask=mask, other=0.0).to(tl.float32)
     if BACK:
         x = b_first * b_cos_first + b_second * b_sin_second
         y = b_second * b_cos_second - b_first * b_sin_first
@@ -449,7 +449,7 @@ def _one_kernel(
             scale, prompt_scale, dtype, SCALED, JOINED, ALIGNED,
         )  # fmt: skip
         p_row = residual + b * residual_strides[0] + slot * residual_strides[1]
-        tl.store(p_row[:, None] + column * residual_strides[2], b_x, mask=exists[:, None] & inside)
+        tl.store(p_row[:, None] + column.to(tl.int64) * residual_strides[2], b_x, mask=exists[:, None] & inside)
         return
 
     is_q = tile < q_blocks
@@ -505,7 +505,9 @@ def _one_kernel(
             depth[None, :], inside[None, :], scale, prompt_scale, dtype, SCALED, JOINED, ALIGNED,
         )  # fmt: skip
         b_weight = tl.load(
-            p_weight[None, :] + depth[:, None] * weight_step, mask=inside[:, None] & is_column[None, :], other=0.0
+            p_weight[None, :] + depth.to(tl.int64)[:, None] * weight_step,
+            mask=inside[:, None] & is_column[None, :],
+            other=0.0,
         )  # [BLOCK_K, BLOCK_N]
         if NORM != "none":
             b_hidden = b_x.to(tl.float32)
@@ -570,7 +572,7 @@ def _normalise(
     b = (row // slots).to(tl.int64)
     slot = (row % slots).to(tl.int64)
     p_row = residual + b * residual_strides[0] + slot * residual_strides[1]
-    tl.store(p_row[:, None] + column[None, :] * residual_strides[2], b_x, mask=mask)
+    tl.store(p_row[:, None] + column.to(tl.int64)[None, :] * residual_strides[2], b_x, mask=mask)
     if NORM != "none":
         b_hidden = b_x.to(tl.float32)  # [BLOCK_ROWS, BLOCK_WIDTH]
         if NORM == "layer":
@@ -599,7 +601,11 @@ def _normalise_backward(
     mask = (row < rows)[:, None] & inside
     b = (row // length).to(tl.int64)
     slot = (row % length).to(tl.int64)
-    p_x = residual + (b * residual_strides[0] + slot * residual_strides[1])[:, None] + column * residual_strides[2]
+    p_x = (
+        residual
+        + (b * residual_strides[0] + slot * residual_strides[1])[:, None]
+        + column.to(tl.int64) * residual_strides[2]
+    )
     p_grad = grad + row.to(tl.int64)[:, None] * width + column
     b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_WIDTH]
     b_grad = tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
@@ -613,7 +619,9 @@ def _normalise_backward(
     b_grad = (b_grad - b_x * (tl.sum(b_grad * b_x, 1) / width)[:, None]) * b_inverse
     if grad_residual is not None:
         p_row = grad_residual + b * grad_residual_strides[0] + slot * grad_residual_strides[1]
-        b_grad += tl.load(p_row[:, None] + column * grad_residual_strides[2], mask=mask, other=0.0).to(tl.float32)
+        b_grad += tl.load(p_row[:, None] + column.to(tl.int64) * grad_residual_strides[2], mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store(p_grad, b_grad.to(grad.dtype.element_ty), mask=mask)
 
 
@@ -648,8 +656,10 @@ def _turn_kernel(
     j = tl.arange(0, BLOCK_PAIRS)[None, :]
     first, second = _pair(j, HEAD_DIM, ROTATION, INTERLEAVED, 2 * PAIRS == ROTATION)
     mask = exists[:, None] & (j < PAIRS)
-    b_first = tl.load(p_row + first * step, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_PAIRS]
-    b_second = tl.load(p_row + second * step, mask=mask & (second < HEAD_DIM), other=0.0).to(tl.float32)
+    b_first = tl.load(p_row + first.to(tl.int64) * step, mask=mask, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_ROWS, BLOCK_PAIRS]
+    b_second = tl.load(p_row + second.to(tl.int64) * step, mask=mask & (second < HEAD_DIM), other=0.0).to(tl.float32)
     b_first, b_second = _rotated(
         b_first, b_second,
         (cos + b * cos_strides[0] + slot * cos_strides[1])[:, None],
