@@ -157,9 +157,11 @@ def load_rows(
             p_row = tl.multiple_of(p_row, [16])
         b_x = tl.load(p_row[:, None] + column * own_step, mask=(from_prompt | from_own)[:, None] & inside, other=0.0)
     else:
-        b_virtual = tl.load(p_prompt[:, None] + column * prompt_step, mask=from_prompt[:, None] & inside, other=0.0)
-        b_own = tl.load(p_own[:, None] + column * own_step, mask=from_own[:, None] & inside, other=0.0)
-        b_x = tl.where(from_prompt[:, None], b_virtual.to(tl.float32), b_own.to(tl.float32))
+        # Masks over rows as numbers: Triton 3.6 does not compile _one_kernel with the booleans themselves.
+        is_virtual, is_own = from_prompt.to(tl.int8)[:, None] != 0, from_own.to(tl.int8)[:, None] != 0
+        b_virtual = tl.load(p_prompt[:, None] + column * prompt_step, mask=is_virtual & inside, other=0.0)
+        b_own = tl.load(p_own[:, None] + column * own_step, mask=is_own & inside, other=0.0)
+        b_x = tl.where(is_virtual, b_virtual.to(tl.float32), b_own.to(tl.float32))
     if SCALED:
         b_x = b_x.to(tl.float32) * tl.where(from_prompt, prompt_scale, scale)[:, None]
     return b_x.to(dtype)
