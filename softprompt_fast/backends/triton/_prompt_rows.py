@@ -159,11 +159,13 @@ def load_rows(
             p_row[:, None] + column.to(tl.int64) * own_step, mask=(from_prompt | from_own)[:, None] & inside, other=0.0
         )
     else:
-        b_virtual = tl.load(
-            p_prompt[:, None] + column.to(tl.int64) * prompt_step, mask=from_prompt[:, None] & inside, other=0.0
-        )
-        b_own = tl.load(p_own[:, None] + column.to(tl.int64) * own_step, mask=from_own[:, None] & inside, other=0.0)
-        b_x = tl.where(from_prompt[:, None], b_virtual.to(tl.float32), b_own.to(tl.float32))
+        # Masks over rows as numbers: Triton 3.6 does not compile _one_kernel with the booleans themselves.
+        is_virtual, is_own = from_prompt.to(tl.int8)[:, None] != 0, from_own.to(tl.int8)[:, None] != 0
+        p_virtual = p_prompt[:, None] + column.to(tl.int64) * prompt_step
+        p_token = p_own[:, None] + column.to(tl.int64) * own_step
+        b_virtual = tl.load(p_virtual, mask=is_virtual & inside, other=0.0)
+        b_own = tl.load(p_token, mask=is_own & inside, other=0.0)
+        b_x = tl.where(is_virtual, b_virtual.to(tl.float32), b_own.to(tl.float32))
     if SCALED:
         b_x = b_x.to(tl.float32) * tl.where(from_prompt, prompt_scale, scale)[:, None]
     return b_x.to(dtype)
