@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from softprompt_fast.backends.quantized import quantize
+from softprompt_fast.backends.triton import _prefix_attention_common as common
 from softprompt_fast.backends.triton import _prefix_attention_decode as decode
-from softprompt_fast.backends.triton import _runtime, _tuning
+from softprompt_fast.backends.triton import _tuning
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import AttentionInputs, assert_within_noise, attention_inputs, guarded, poisoned_memory
 from tests.ops.test_prefix_attention import LAYOUTS
@@ -151,10 +152,9 @@ def test_extreme_scores() -> None:
 @pytest.mark.parametrize("batch", [1, 5, 23])
 def test_rows_in_the_order_of_their_prefixes(batch: int, dtype: torch.dtype) -> None:
     index = torch.randint(-1, 4, (batch,), dtype=dtype)
-    order = torch.full((batch,), -7, dtype=torch.int32)
-    config = _tuning.configuration(decode.OP, "plan", "any", _runtime.places(index.device))
-    _runtime.launch(decode._plan, (-(-batch // config["BLOCK"]),), index, order, batch, **config)
-    assert torch.equal(order.long(), torch.argsort(index, stable=True))
+    with poisoned_memory():
+        order = common.rows_by_prefix(index)
+    assert order.dtype == torch.int32 and torch.equal(order.long(), torch.argsort(index, stable=True))
 
 
 def test_every_shape_has_a_configuration() -> None:

@@ -69,7 +69,7 @@ def documented(text: str, brief: str) -> str:
 
 
 def beyond_limits(rows: Rows) -> list[str]:
-    """What no version of Triton may do: spill, or ask for more shared memory than a chip has."""
+    """Spills, and more shared memory than a chip has."""
     wrong = []
     for name, row in rows.items():
         found = triton_offline.Resources(*row)

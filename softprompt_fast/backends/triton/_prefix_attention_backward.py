@@ -12,8 +12,8 @@ is with. So each kernel walks what its gradient is a sum over, and every sum has
 * ``_prefix_gradient``: a block of a prefix's entries walks the queries of *all rows that use it*, with the sum in
   registers: no copy a row of the gradient exists, and nothing is added atomically. Where such blocks are fewer than
   multiprocessors each block's rows are shared out, and ``_add_up`` adds the few partial sums
-  (``heuristics.prefix_splits``). With several prefixes a block lies within one of them, and ``_sort_rows`` lists the
-  rows by prefix beforehand: a program meets only rows that see its whole block, and masks no score.
+  (``heuristics.prefix_splits``). With several prefixes a block lies within one of them, and ``rows_by_prefix`` lists
+  the rows by prefix beforehand: a program meets only rows that see its whole block, and masks no score.
 
 dQ in a kernel of its own costs two more products for every five. Adding it up from the other kernels would take either
 atomics, whose sums differ from run to run, or partial sums of dQ in memory, which cost more than those products.
@@ -34,7 +34,14 @@ from torch import Tensor
 
 from softprompt_fast.backends.heuristics import prefix_splits
 from softprompt_fast.backends.triton import _runtime, _tuning
-from softprompt_fast.backends.triton._prefix_attention_common import LOG2E, MAX_WINDOW, row_own, row_prefix, tanh
+from softprompt_fast.backends.triton._prefix_attention_common import (
+    LOG2E,
+    MAX_WINDOW,
+    row_own,
+    row_prefix,
+    rows_by_prefix,
+    tanh,
+)
 from softprompt_fast.backends.triton.merge_states import tuning_key
 
 OP = "prefix_attention"
@@ -127,10 +134,7 @@ def backward(
     if packed == 0:
         return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks
 
-    order = None
-    if prefix_index is not None:
-        order = prefix_index.new_empty(batch, dtype=torch.int32)
-        _runtime.launch(_sort_rows, (triton.cdiv(batch, 64),), prefix_index, order, batch, BLOCK=64, num_warps=4)
+    order = None if prefix_index is None else rows_by_prefix(prefix_index)
     # Blocks if prefixes are cut one by one: each, and what lies before the first and behind the last, may end in a
     # broken one.
     prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
@@ -554,20 +558,6 @@ def _rows_of_prefix(prefix, prefix_index, batch):
     else:
         count = tl.where(prefix == 0, batch, 0)
     return first, count
-
-
-@triton.jit(do_not_specialize=_LENGTHS)
-def _sort_rows(prefix_index, order, batch, BLOCK: tl.constexpr):
-    """Rows sorted by prefix, those of one prefix in their own order: a row's place is how many come before it."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_prefix = tl.load(prefix_index + row, mask=row < batch, other=0)[:, None]
-    b_place = tl.zeros([BLOCK], tl.int32)
-    for chunk in range(0, batch, BLOCK):
-        other = (chunk + tl.arange(0, BLOCK))[None, :]
-        b_other = tl.load(prefix_index + other, mask=other < batch, other=0)
-        earlier = (b_other < b_prefix) | ((b_other == b_prefix) & (other < row[:, None]))
-        b_place += tl.sum((earlier & (other < batch)).to(tl.int32), 1)
-    tl.store(order + b_place, row, mask=row < batch)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

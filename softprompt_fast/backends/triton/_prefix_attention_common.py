@@ -8,8 +8,12 @@ knows at compile time.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from softprompt_fast.backends.triton import _runtime, _tuning
 
 # Scores are kept in units of log 2, so that the softmax takes exp2, one instruction.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -88,3 +92,27 @@ def tanh(x):
 def capped(b_score, softcap, SOFTCAP: tl.constexpr):
     """``softcap * tanh(score / softcap)``; scores in natural units."""
     return softcap * tanh(b_score / softcap) if SOFTCAP else b_score
+
+
+def rows_by_prefix(prefix_index: Tensor) -> Tensor:
+    """Row numbers, int32 ``[B]``, sorted by prefix and then by number; worked out on the device."""
+    order = torch.empty_like(prefix_index, dtype=torch.int32, memory_format=torch.contiguous_format)
+    config = _tuning.configuration("prefix_attention", "plan", "any", _runtime.places(prefix_index.device))
+    batch = prefix_index.shape[0]
+    _runtime.launch(_rank_rows, (triton.cdiv(batch, config["BLOCK"]),), prefix_index, order, batch, **config)
+    return order
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _rank_rows(prefix_index, order, batch, BLOCK: tl.constexpr):
+    """order[rank] = row, rows ranked by prefix and then by number. Quadratic: 4096 rows are 16 M comparisons."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_mine = tl.load(prefix_index + row, mask=row < batch, other=0).to(tl.int32)
+    b_rank = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, batch, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
+        b_theirs = tl.load(prefix_index + other, mask=other < batch, other=0).to(tl.int32)
+        before = (b_theirs[None, :] == b_mine[:, None]) & (other[None, :] < row[:, None])
+        before = (before | (b_theirs[None, :] < b_mine[:, None])) & (other < batch)[None, :]
+        b_rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(order + b_rank, row, mask=row < batch)

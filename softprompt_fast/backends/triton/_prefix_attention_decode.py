@@ -20,9 +20,9 @@ begins and ends is worked out on the device from the row's geometry: with a stat
 and not the capacity, and a program beyond it has nothing to do. The number of shares is the host's choice
 (:func:`splits`), from shapes alone.
 
-Many prefixes: ``_plan`` ranks the rows by prefix, on the device. A tile takes consecutive queries in that order and
-walks each prefix that one of them uses, with the others masked: N prefixes cost at most N - 1 more walks of a share,
-and no row is padded. A batch that fits one tile needs no order.
+Many prefixes: ``rows_by_prefix`` ranks the rows by prefix, on the device. A tile takes consecutive queries in that
+order and walks each prefix that one of them uses, with the others masked: N prefixes cost at most N - 1 more walks of
+a share, and no row is padded. A batch that fits one tile needs no order.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from softprompt_fast.backends.triton._prefix_attention_common import (
     capped,
     row_own,
     row_prefix,
+    rows_by_prefix,
 )
 
 OP = "prefix_attention"
@@ -101,9 +102,7 @@ def forward(
 
     order = None
     if prefix_index is not None and prefix_tiles > 1 and packed > 0:
-        order = torch.empty_like(prefix_index, dtype=torch.int32)
-        plan = _tuning.configuration(OP, "plan", "any", places)
-        _runtime.launch(_plan, (triton.cdiv(batch, plan["BLOCK"]),), prefix_index, order, batch, **plan)
+        order = rows_by_prefix(prefix_index)
 
     # Own keys alone, not split, give the result itself. Else states go to a workspace [Hkv, B, G, S, partials, Dv].
     single = prefix_splits == 0 and own_splits == 1
@@ -181,21 +180,6 @@ def splits(programs: int, keys: int, wanted: int, least: int) -> int:
 
 def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _plan(prefix_index, order, batch, BLOCK: tl.constexpr):
-    """order[rank] = row, rows ranked by prefix and then by number. Quadratic: 4096 rows are 16 M comparisons."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_mine = tl.load(prefix_index + row, mask=row < batch, other=0).to(tl.int32)
-    b_rank = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, batch, BLOCK):
-        other = begin + tl.arange(0, BLOCK)
-        b_theirs = tl.load(prefix_index + other, mask=other < batch, other=0).to(tl.int32)
-        before = (b_theirs[None, :] == b_mine[:, None]) & (other[None, :] < row[:, None])
-        before = (before | (b_theirs[None, :] < b_mine[:, None])) & (other < batch)[None, :]
-        b_rank += tl.sum(before.to(tl.int32), 1)
-    tl.store(order + b_rank, row, mask=row < batch)
 
 
 # Lengths, batch sizes and what follows from them: not worth a kernel of their own.
