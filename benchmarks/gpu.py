@@ -312,6 +312,10 @@ def main() -> int:
         measure(args.measure, out, args.device, args.smoke)
         return 0
 
+    # Asked in a process of its own: this one never holds the GPU that the tests need.
+    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    if args.device.startswith("cuda") and subprocess.run([sys.executable, "-c", code], check=False).returncode:
+        parser.error("PyTorch finds no GPU here; --device cpu --smoke runs the same code at tiny sizes on a CPU")
     # Each process would compile the same kernels anew.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "softprompt-fast-triton"))
     for path in (*out.glob("gpu-*.json"), out / "gpu-tests.txt"):

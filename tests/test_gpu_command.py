@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -42,6 +43,13 @@ def test_budgets_fit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run")
+def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
+    call = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "PyTorch finds no GPU here" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_rows_are_checked_timed_and_written(tmp_path: Path) -> None:
     done = command(tmp_path, "--only", "decode", "backward", "prompt_concat", "merge_states")
     assert done.returncode == 0, done.stdout + done.stderr
