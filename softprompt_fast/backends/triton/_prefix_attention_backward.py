@@ -72,13 +72,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     batch, q_heads, queries, head_dim = query.shape
     (_, kv_heads, own, v_dim), packed, device = value.shape, prefix_key.shape[1], query.device
-    prefix_offsets, prefix_index, own_start, own_end, query_start, sinks = (
-        x if x is None else x.contiguous()
-        for x in (prefix_offsets, prefix_index, own_start, own_end, query_start, sinks)
+    prefix_offsets, prefix_index, own_start, own_end, query_start, sinks = _runtime.dense(
+        prefix_offsets, prefix_index, own_start, own_end, query_start, sinks
     )
     if sliding_window is not None:
         sliding_window = min(sliding_window, MAX_WINDOW)
-    whole = head_dim == _block(head_dim) and v_dim == _block(v_dim)
+    whole = head_dim == _runtime.block(head_dim) and v_dim == _runtime.block(v_dim)
     plain = sliding_window is None and softcap is None and bias is None
     keys = tuning_keys(max(head_dim, v_dim), query.element_size(), whole, plain)
     sums_config, query_config, own_config, prefix_config = (
@@ -101,7 +100,7 @@ def backward(
         grad_out, grad_out.stride(), out, out.stride(), lse, lse.stride(),
         grad_lse, (0, 0, 0) if grad_lse is None else grad_lse.stride(), sinks,
         row_sums[0], row_sums[1], sink_sums, q_heads, queries, padded,
-        V_DIM=v_dim, BLOCK_V=_block(v_dim), **sums_config,
+        V_DIM=v_dim, BLOCK_V=_runtime.block(v_dim), **sums_config,
     )  # fmt: skip
     grad_sinks = None
     if sinks is not None and sink_sums is not None:
@@ -110,13 +109,13 @@ def backward(
 
     queries_side = (
         query, query.stride(), grad_out, grad_out.stride(), row_sums[0], row_sums[1],
-        bias, _broadcast_strides(bias, query), own_start, own_end, query_start,
+        bias, (0, 0, 0, 0) if bias is None else _runtime.broadcast_strides(bias), own_start, own_end, query_start,
     )  # fmt: skip
     columns = 0 if bias is None else bias.shape[3] - own
     sizes = (batch, queries, own, packed, padded, columns)
     options = (scale, sliding_window, softcap)
     constants = {
-        "HEAD_DIM": head_dim, "V_DIM": v_dim, "BLOCK_D": _block(head_dim), "BLOCK_V": _block(v_dim),
+        "HEAD_DIM": head_dim, "V_DIM": v_dim, "BLOCK_D": _runtime.block(head_dim), "BLOCK_V": _runtime.block(v_dim),
         "Q_HEADS": q_heads, "GROUPS": q_heads // kv_heads, "CAUSAL": causal,
         "PRECISION": _runtime.dot_precision(query.dtype),
     }  # fmt: skip
@@ -177,17 +176,6 @@ def _add_up_parts(parts: Tensor, total: Tensor) -> None:
         _add_up, (triton.cdiv(size, block),), parts, total, count, size,
         BLOCK=block, BLOCK_PARTS=block_parts, num_warps=4,
     )  # fmt: skip
-
-
-def _block(columns: int) -> int:
-    return max(16, triton.next_power_of_2(columns))
-
-
-def _broadcast_strides(bias: Tensor | None, query: Tensor) -> tuple[int, ...]:
-    if bias is None:
-        return (0, 0, 0, 0)
-    strides = [0 if bias.shape[d] == 1 else bias.stride(d) for d in range(3)]
-    return (*strides, bias.stride(3))
 
 
 # Lengths never make a kernel compile anew: neither a value of 1 nor a multiple of 16 is told apart.

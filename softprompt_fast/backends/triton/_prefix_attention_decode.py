@@ -79,15 +79,14 @@ def forward(
     if query.numel() == 0:
         return out, lse
 
-    prefix_offsets, prefix_index, own_start, own_end, query_start = (
-        x if x is None or x.is_contiguous() else x.contiguous()
-        for x in (prefix_offsets, prefix_index, own_start, own_end, query_start)
+    prefix_offsets, prefix_index, own_start, own_end, query_start = _runtime.dense(
+        prefix_offsets, prefix_index, own_start, own_end, query_start
     )
     places = _runtime.places(query.device)
     prefixes = 1 if prefix_offsets is None else max(1, prefix_offsets.shape[0] - 1)
     stacked = batch * groups * queries
     plain = prefix_index is None and prefix_key_scale is None and softcap is None and bias is None
-    plain = plain and {head_dim, v_dim} == {_block(max(head_dim, v_dim))}
+    plain = plain and {head_dim, v_dim} == {_runtime.block(max(head_dim, v_dim))}
     key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes, plain)
     config = dict(_tuning.configuration(OP, "decode", key_of_config, places))
     if torch.version.hip is not None:
@@ -112,9 +111,6 @@ def forward(
         states = query.new_empty(rows, partials, v_dim, dtype=torch.float32)
         state_lse = query.new_empty(rows, partials, dtype=torch.float32)
     index = (prefix_offsets, prefix_index, order, own_start, own_end, query_start)
-    bias_strides = (
-        None if bias is None else [s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True)]
-    )
     _runtime.launch(
         _decode, (prefix_tiles * kv_heads * prefix_splits + batch * own_tiles * kv_heads * own_splits,),
         query, query.stride(), key, key.stride(), value, value.stride(),
@@ -122,21 +118,22 @@ def forward(
         prefix_key_scale, None if prefix_key_scale is None else prefix_key_scale.stride(),
         prefix_value_scale, None if prefix_value_scale is None else prefix_value_scale.stride(), prefix_scale_block,
         *index, sinks if single else None, sinks.stride(0) if single and sinks is not None else None,
-        bias, None if bias_strides is None else tuple(bias_strides), 0 if bias is None else bias.shape[3] - own,
+        bias, None if bias is None else _runtime.broadcast_strides(bias), 0 if bias is None else bias.shape[3] - own,
         states, state_lse, partials, out.stride(),
         batch, kv_heads, queries, own, packed, scale, softcap,
         0 if sliding_window is None else min(sliding_window, MAX_WINDOW),
         prefix_tiles, prefix_splits, own_tiles, own_splits,
-        GROUPS=groups, HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_D=_block(head_dim), BLOCK_V=_block(v_dim),
+        GROUPS=groups, HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_D=_runtime.block(head_dim), BLOCK_V=_runtime.block(v_dim),
         CAUSAL=causal, WINDOW=sliding_window is not None, SCALE_LAST=softcap is None and bias is None and scale > 0,
         PARTIAL=not single, PRECISION=_runtime.dot_precision(query.dtype), BLOCK_OWN=block_own, **config,
     )  # fmt: skip
     if not single:
-        config = _tuning.configuration(OP, "combine", f"d{_block(v_dim)}", places)
+        config = _tuning.configuration(OP, "combine", f"d{_runtime.block(v_dim)}", places)
         _runtime.launch(
             _combine, (triton.cdiv(rows, config["BLOCK_ROWS"]),),
             states, state_lse, partials, sinks, None if sinks is None else sinks.stride(0),
-            out, out.stride(), lse, rows, batch, queries, GROUPS=groups, V_DIM=v_dim, BLOCK_V=_block(v_dim), **config,
+            out, out.stride(), lse, rows, batch, queries,
+            GROUPS=groups, V_DIM=v_dim, BLOCK_V=_runtime.block(v_dim), **config,
         )  # fmt: skip
     return out, lse
 
@@ -149,8 +146,8 @@ def tuning_key(head_dim: int, v_dim: int, element_size: int, stacked: int, plain
     Example: 64 rows with one prefix, 4 grouped heads of 128 in bfloat16: 256 queries are tuned as "d128-16bit-m128",
     and as "d128-16bit-m128-general" where each row has a prefix of its choice.
     """
-    rows = min(128, _block(stacked))
-    return f"d{_block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}{'' if plain else '-general'}"
+    rows = min(128, _runtime.block(stacked))
+    return f"d{_runtime.block(max(head_dim, v_dim))}-{8 * element_size}bit-m{rows}{'' if plain else '-general'}"
 
 
 def own_rows(queries: int, block: int) -> int:
@@ -160,7 +157,7 @@ def own_rows(queries: int, block: int) -> int:
 
     Example: 4 grouped heads, one token each: 16. 4 grouped heads of 8 tokens: 32, if ``block`` is 32 or more.
     """
-    return min(block, _block(queries))
+    return min(block, _runtime.block(queries))
 
 
 def splits(programs: int, keys: int, wanted: int, least: int) -> int:
@@ -176,10 +173,6 @@ def splits(programs: int, keys: int, wanted: int, least: int) -> int:
     if keys == 0:
         return 0
     return max(1, min(wanted // programs, triton.cdiv(keys, least), MAX_SPLITS))
-
-
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 # Lengths, batch sizes and what follows from them: not worth a kernel of their own.

@@ -58,14 +58,13 @@ def forward(
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
     packed = prefix_key.shape[1]
-    prefix_offsets, prefix_index, own_start, own_end, query_start, sinks = (
-        x if x is None else x.contiguous()
-        for x in (prefix_offsets, prefix_index, own_start, own_end, query_start, sinks)
+    prefix_offsets, prefix_index, own_start, own_end, query_start, sinks = _runtime.dense(
+        prefix_offsets, prefix_index, own_start, own_end, query_start, sinks
     )
     # What the output projection reads next: [B, S, Hq, Dv].
     out = query.new_empty(batch, queries, q_heads, v_dim)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
-    plain = bias is None and {head_dim, v_dim} == {_block(max(head_dim, v_dim))}
+    plain = bias is None and {head_dim, v_dim} == {_runtime.block(max(head_dim, v_dim))}
     tuned = tuning_key(max(head_dim, v_dim), query.element_size(), prefix_key_scale is not None, plain)
     config = _tuning.configuration(OP, "prefill", tuned, _runtime.places(query.device))
     keys: tuple[Any, ...] = (key, value, prefix_key, prefix_value)
@@ -86,12 +85,12 @@ def forward(
         max(abs(scale), SMALLEST_SCALE),
         None if sliding_window is None else min(sliding_window, MAX_WINDOW),
         softcap, sinks,
-        bias, None if bias is None else bias.expand(*query.shape[:3], -1).stride(),
+        bias, None if bias is None else _runtime.broadcast_strides(bias),
         prefix_key_scale, None if prefix_key_scale is None else prefix_key_scale.stride(),
         prefix_value_scale, None if prefix_value_scale is None else prefix_value_scale.stride(), prefix_scale_block,
         queries, own, packed, pairs, section, 0 if bias is None else bias.shape[3] - own,
         KV_HEADS=kv_heads, GROUPS=q_heads // kv_heads, HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_D=_block(head_dim), BLOCK_DV=_block(v_dim),
+        BLOCK_D=_runtime.block(head_dim), BLOCK_DV=_runtime.block(v_dim),
         NEGATIVE=scale < 0, CAUSAL=causal, PRECISION=_runtime.dot_precision(query.dtype), **config,
     )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -103,7 +102,7 @@ def tuning_key(head_dim: int, element_size: int, quantized: bool, plain: bool) -
     Example: heads of 128 in bfloat16 are tuned as "d128-16bit", on an 8-bit prefix as "d128-16bit-prefix8bit"; with a
     bias, and heads of 100, as "d128-16bit-general"."""
     kind = "-general" if not plain else "-prefix8bit" if quantized else ""
-    return f"d{_block(head_dim)}-{8 * element_size}bit{kind}"
+    return f"d{_runtime.block(head_dim)}-{8 * element_size}bit{kind}"
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
@@ -115,11 +114,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
     if x.numel() == 0 or x.stride(3) != 1 or x.data_ptr() % 16 or any(s % unit or s <= 0 for s in strides):
         return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _block(x.shape[3])])
-
-
-def _block(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))  # the tensor cores' products are 16 deep at least
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _runtime.block(x.shape[3])])
 
 
 @triton.jit

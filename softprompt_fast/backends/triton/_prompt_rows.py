@@ -14,20 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softprompt_fast.backends.triton import _runtime
+
 # Arguments of `sources` that follow lengths: a kernel that took them for constants, or asked whether 16 divides them,
 # would be compiled anew as they change. Each is an argument of its own, for within a tuple Triton asks regardless.
 LENGTHS = ("ids_row", "ids_step", "vocabulary", "packed", "prompt_length", "own", "rows")
-
-
-def dense(index: Tensor | None) -> Tensor | None:
-    """One number a row, or one a prompt: small enough to copy where they are apart in memory."""
-    return None if index is None else index.contiguous()
-
-
-def layout(
-    offsets: Tensor | None, index: Tensor | None, start: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return dense(offsets), dense(index), dense(start)
 
 
 def sources(
@@ -51,7 +42,7 @@ def sources(
         source, strides, None if table is None else tokens, *((0, 0) if table is None else tokens.stride()),
         0 if table is None else table.shape[0],
         prompt, (0, 0) if prompt is None else prompt.stride(), 0 if prompt is None else prompt.shape[0],
-        *layout(prompt_offsets, prompt_index, own_start),
+        *_runtime.dense(prompt_offsets, prompt_index, own_start),
         prompt_length, own, batch * (prompt_length + own), scale, prompt_scale,
     )  # fmt: skip
     flags = {

@@ -103,6 +103,21 @@ def has_e4m3(device: torch.device) -> bool:
     return device.type == "cpu" or (torch.version.hip is None and _capability(device.index or 0) >= (8, 9))
 
 
+def block(size: int) -> int:
+    """The block that holds ``size`` elements: a power of two, and at least 16, as deep as a product's operands are."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def dense(*indexes: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors of one number a row, a head or a prompt: small enough to copy where they are apart in memory."""
+    return tuple(None if x is None else x.contiguous() for x in indexes)
+
+
+def broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of ``x``, 0 along dimensions of size 1, which may stand for any size."""
+    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` of float32 products: exact, unless PyTorch was told that tf32 will do."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -42,7 +42,7 @@ def backward(
 
 def tuning_key(head_dim: int, element_size: int) -> str:
     """Example: heads of 100 in bfloat16 are tuned as "d128-16bit"."""
-    return f"d{max(16, triton.next_power_of_2(head_dim))}-{8 * element_size}bit"
+    return f"d{_runtime.block(head_dim)}-{8 * element_size}bit"
 
 
 def _launch(kernel: Any, name: str, out: Tensor, states: tuple[Tensor, ...], **flags: Any) -> None:

@@ -73,7 +73,8 @@ def backward(
     """Gradients of prompt, summed over the rows, and of tokens where they are embeddings."""
     batch, own = tokens.shape[:2]
     width = prompt.shape[1]
-    rows = _prompt_rows.layout(prompt_offsets, prompt_index, own_start)
+    offsets, index, start = _runtime.dense(prompt_offsets, prompt_index, own_start)
+    rows = offsets, index, start
     grad_prompt = prompt.new_empty(prompt.shape)
     parts = _parts(grad_out, grad_prompt, batch)
     if parts == 1:

@@ -350,7 +350,7 @@ def _turn(
     total = batch * length * (q_heads + kv_heads)
     if total == 0 or pairs == 0:
         return
-    key_name = f"d{max(16, triton.next_power_of_2(min(head_dim, 256)))}-{_prompt_rows.bits(query_out.dtype)}"
+    key_name = f"d{_runtime.block(min(head_dim, 256))}-{_prompt_rows.bits(query_out.dtype)}"
     config = _tuning.configuration(OP, "turn", key_name, _runtime.places(query.device))
     _runtime.launch(
         _turn_kernel,
