@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -54,9 +54,11 @@ def forward(
     cache: Cache | None,
     use_cache: bool,
     logits_to_keep: int | Tensor,
+    decoder: nn.Module | None = None,
     **kwargs: Any,
 ) -> Any:
-    """One pass, row groups one after another; logits come back at their own columns.
+    """One pass, row groups one after another; logits come back at their own columns. With a `decoder`, a part of
+    `base`, that runs alone: its ``last_hidden_state`` comes back so.
 
     Raises:
         ValueError: options that only one unpadded group can serve (a cache handed in, hidden states).
@@ -66,6 +68,7 @@ def forward(
     batch, length = given.shape[:2]
     start = torch.zeros(batch, dtype=torch.long, device="cpu") if own_start is None else own_start.long().cpu()
     end = torch.full((batch,), length, device="cpu") if own_end is None else own_end.long().cpu()
+    run, field = (base, "logits") if decoder is None else (decoder, "last_hidden_state")
     groups = _groups(packed, index, batch)
     whole = len(groups) == 1 and own_start is None and own_end is None
     name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -80,8 +83,9 @@ def forward(
             cache = expanded_cache(packed, place, batch, base.dtype, cache)
         past = cache.get_seq_length()
         mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
-        return base(
-            logits_to_keep=logits_to_keep,
+        if decoder is None:
+            kwargs["logits_to_keep"] = logits_to_keep
+        return run(
             **{name: given},
             attention_mask=mask,
             past_key_values=cache if past or use_cache else None,
@@ -100,22 +104,22 @@ def forward(
         prefix = expanded_cache(packed, place, len(rows), base.dtype)
         past = prefix.get_seq_length()
         mask = pad(real.long(), (past, 0), value=1).to(given.device)
-        out = base(
+        out = run(
             **{name: tokens},
             attention_mask=mask,
             past_key_values=prefix if past else None,
             use_cache=past > 0,
             **kwargs,
         )
-        pieces.append((rows[:, None].expand_as(source)[real], source[real], out.logits[real.to(out.logits.device)]))
-    logits = given.new_zeros(batch, length, pieces[0][2].shape[-1], dtype=pieces[0][2].dtype)
+        pieces.append((rows[:, None].expand_as(source)[real], source[real], out[field][real.to(given.device)]))
+    found = given.new_zeros(batch, length, pieces[0][2].shape[-1], dtype=pieces[0][2].dtype)
     at = torch.cat([p[0] for p in pieces]).to(given.device), torch.cat([p[1] for p in pieces]).to(given.device)
-    logits = logits.index_put(at, torch.cat([p[2] for p in pieces]))
+    found = found.index_put(at, torch.cat([p[2] for p in pieces]))
     if isinstance(logits_to_keep, Tensor):
-        logits = logits[:, logits_to_keep]
+        found = found[:, logits_to_keep]
     elif logits_to_keep:
-        logits = logits[:, -logits_to_keep:]
-    return type(out)(logits=logits)
+        found = found[:, -logits_to_keep:]
+    return type(out)(**{field: found})
 
 
 def generate(

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,11 +28,29 @@ from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
-from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
+from softprompt_fast.integrations.head import LazyHead, vocab_size
+from softprompt_fast.losses import (
+    IGNORE,
+    Terms,
+    causal_lm_terms,
+    cpt_terms,
+    split_labels,
+    summed_cross_entropy,
+    visible_labels,
+    weighted_sum,
+)
+from softprompt_fast.packing import SEGMENT_ARGUMENTS, Segments
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.prompted import PromptedModel
-from softprompt_fast.rows import cached_length, check_token_ids, claim_rows, padding_ranges, right_align
+from softprompt_fast.rows import (
+    cached_length,
+    check_labels,
+    check_token_ids,
+    claim_rows,
+    padding_ranges,
+    right_align,
+)
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -94,6 +112,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 self._why_expanded,
             )
         self._fused = LazyDecoder(base)
+        self._head = LazyHead(base)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -208,8 +227,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 metadata={"base_config": base_config_fields(self.base)},
             )
 
-    def _compile(self, prompt: SoftPrompt, tasks: list[int] | None, *, all_logits: bool = False) -> list[Compiled]:
-        """Run the base once over a prompt (over all its `tasks` at once); keeps the graph where grad is enabled."""
+    def _compile(
+        self, prompt: SoftPrompt, tasks: list[int] | None, *, all_logits: bool = False, next_logits: bool = True
+    ) -> list[Compiled]:
+        """Run the base once over a prompt (over all its `tasks` at once); keeps the graph where grad is enabled.
+        Without `next_logits` the last layer computes keys and values only, where the base can stop there."""
         if prompt.kind == "prefix":
             pairs = [(k.to(self.device, self.dtype), v.to(self.device, self.dtype)) for k, v in prompt.key_values()]
             return [Compiled(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), None)]
@@ -219,19 +241,22 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=self.device))
         # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
         embeds = embeds.to(self.device, self.dtype, copy=True)
-        keys, values, logits = self._run_prompt(embeds, all_logits)
+        keys, values, logits = self._run_prompt(embeds, all_logits, next_logits)
         return [
             Compiled(
                 tuple(k[n] for k in keys),
                 tuple(v[n] for v in values),
-                logits[n, -1],
-                logits[n] if all_logits else None,
+                None if logits is None else logits[n, -1],
+                logits[n] if logits is not None and all_logits else None,
             )
             for n in range(embeds.shape[0])
         ]
 
-    def _run_prompt(self, embeds: Tensor, all_logits: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` embeddings (all, or the last)."""
+    def _run_prompt(
+        self, embeds: Tensor, all_logits: bool, next_logits: bool = True
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` embeddings (all, the last, or None
+        where neither is wanted and the pass could stop before)."""
         keep = 0 if all_logits else 1
         if self._why_expanded is not None:
             return expanded.run_prompt(self.base, embeds, keep)
@@ -239,17 +264,22 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if (fused := self._fused.serving(embeds, context, None)) is not None:
             cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-            logits = fused(embeds, positions, context, cache, keep)
-            return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], logits
+            predicted = fused(embeds, positions, context, cache, keep)
+            return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], predicted
         capture = hooks.CaptureContext()
-        out = self.base(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, **{hooks.KEYWORD: capture})
+        logits: Tensor | None = None
+        if not all_logits and not next_logits and hooks.may_stop_early(self.base):
+            capture.stop_after = self._num_layers
+        with suppress(hooks.CapturedAll):
+            wanted = {"logits_to_keep": keep, hooks.KEYWORD: capture}
+            logits = self.base(inputs_embeds=embeds, use_cache=False, **wanted).logits
         layers = range(self._num_layers)
         if torch.is_grad_enabled() and embeds.requires_grad and not capture.keys[0].requires_grad:
             raise ValueError(
                 "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
                 "base with use_reentrant=False"
             )
-        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], out.logits
+        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], logits
 
     @contextmanager
     def _eval_base(self):
@@ -303,13 +333,26 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return rows
 
     def _is_trainable(self, name: str) -> bool:
+        """Whether the prefix of `name` has a gradient to give: to the prompt, or to a base that is trained as well."""
         prompt = self._bank[name]
-        return isinstance(prompt, SoftPrompt) and any(p.requires_grad for p in prompt.parameters())
+        if isinstance(prompt, PrefixKV):
+            return False
+        return prompt.trainable or (
+            prompt.kind == "embedding" and any(p.requires_grad for p in self.base.parameters())
+        )
 
     def _select(
-        self, prompt: Any, task_ids: Any, batch: int, *, training: bool = False, virtual_logits: bool = False
+        self,
+        prompt: Any,
+        task_ids: Any,
+        batch: int,
+        *,
+        training: bool = False,
+        virtual_logits: bool = False,
+        next_logits: bool = True,
     ) -> tuple[Packed | None, Tensor | None]:
-        """The packed prefixes of this batch and each row's index into them (None: all rows use the only one)."""
+        """The packed prefixes of this batch and each row's index into them (None: all rows use the only one).
+        `virtual_logits`, `next_logits`: whether those are wanted of prefixes that are computed in this call."""
         if isinstance(prompt, Packed):
             return prompt, None
         rows = self._row_prompts(prompt, task_ids, batch)
@@ -324,7 +367,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 f"{sorted(names - trainable)}; train them in separate calls, or load all with trainable=True"
             )
         if trainable or virtual_logits:
-            packed = self._pack_with_graph(distinct, virtual_logits)
+            packed = self._pack_with_graph(distinct, virtual_logits, next_logits)
         else:
             packed = self._bank.packed(distinct, self.dtype)
         if len(distinct) == 1 and None not in rows:
@@ -333,7 +376,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         place[None] = -1
         return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
 
-    def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool) -> Packed:
+    def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool = True) -> Packed:
         compiled: dict[RowPrompt, Compiled] = {}
         for name in dict.fromkeys(name for name, _ in distinct):
             prompt = self._bank[name]
@@ -343,7 +386,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             wanted = [row for row in distinct if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
             wants_logits = virtual_logits and prompt.method == "CPT"
-            compiled.update(zip(wanted, self._compile(prompt, tasks, all_logits=wants_logits), strict=True))
+            computed = self._compile(prompt, tasks, all_logits=wants_logits, next_logits=next_logits)
+            compiled.update(zip(wanted, computed, strict=True))
         versions = [self._bank.version(name) for name, _ in distinct]
         return pack(distinct, versions, [compiled[row] for row in distinct], self.dtype)
 
@@ -381,6 +425,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             logits_to_keep: as in transformers.
             return_logits: None: everywhere but in a training call (``self.training`` and labels), where only the
                 logits at labelled positions are computed and ``out.logits`` is None. True always gives them.
+            position_ids: ``[B, S]``, positions among own tokens. Where they restart at 0, a row is packed: several
+                short rows, each seeing the prefix and itself (transformers' ``DataCollatorWithFlattening``, TRL's
+                packing); ``prompt`` and ``task_ids`` may then name one per segment.
             input_type_mask: int ``[B, S]``, CPT's token types of own tokens (default: all labels count).
             num_items_in_batch: divisor of the summed loss instead of the number of labels (gradient accumulation).
             prompt_index, own_start: int32 ``[B]``, set by :meth:`generate` so that a decode step computes neither.
@@ -391,30 +438,62 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         Raises:
             ValueError: shapes that don't match, a mask with holes, a cache of other prompts, too many positions.
             KeyError: unknown prompt (the message lists the known ones).
-            IndexError: a token id outside the vocabulary.
+            IndexError: a token id or a label outside the vocabulary.
         """
-        if unknown := kwargs.keys() - self._base_arguments:
+        if unknown := kwargs.keys() - self._base_arguments - SEGMENT_ARGUMENTS:
             raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
         batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
-        skip_logits = False
-        cpt = labels is not None and self._wants_cpt(prompt, task_ids, batch)
-        packed, index = self._select(
-            prompt, task_ids, batch, training=self.training and labels is not None, virtual_logits=cpt
-        )
-        index = prompt_index if prompt_index is not None else index
-        past = self._own_length(past_key_values, packed, index)
+        if (segments := _segments(kwargs, attention_mask, past_key_values, (batch, length))) is not None:
+            out = self._forward_segments(
+                segments,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                input_type_mask=input_type_mask,
+                prompt=prompt,
+                task_ids=task_ids,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_logits=return_logits,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+            return out.to_tuple() if return_dict is False else out
         own_end = None
-        if own_start is None and attention_mask is not None:
-            own_start, own_end = self._padding(attention_mask, batch, past, length)
+        skip_logits = cpt = False
+        predicted = True  # whether what the prefixes predict is wanted
         if labels is not None:
             if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
                 raise ValueError("logits_to_keep: can't be combined with labels, whose positions decide what is kept")
-            if past_key_values is not None and int(past) > 0:
+            if int(cached_length(past_key_values)) > 0:
                 raise ValueError("labels: can't be combined with past_key_values that hold tokens")
-            labels = visible_labels(labels, own_start, own_end)
+            if own_start is None and attention_mask is not None:
+                own_start, own_end = self._padding(attention_mask, batch, 0, length)
+            labels = visible_labels(labels.long(), own_start, own_end)
+            compiling = torch.compiler.is_compiling()
+            if labels.device.type == "cpu" and not compiling:
+                check_labels(labels, vocab_size(self.base))
             skip_logits = self.training if return_logits is None else not return_logits
-            if skip_logits:
-                logits_to_keep = labelled_columns(split_labels(labels, own_start)[0])
+            cpt = self._wants_cpt(prompt, task_ids, batch)
+            predicted = not skip_logits or compiling or bool((split_labels(labels, own_start)[1] != IGNORE).any())
+        packed, index = self._select(
+            prompt,
+            task_ids,
+            batch,
+            training=self.training and labels is not None,
+            virtual_logits=cpt,
+            next_logits=predicted,
+        )
+        index = prompt_index if prompt_index is not None else index
+        past = self._own_length(past_key_values, packed, index)
+        if labels is None and own_start is None and attention_mask is not None:
+            own_start, own_end = self._padding(attention_mask, batch, past, length)
+        terms = None if labels is None else self._terms(labels, own_start, packed, index, cpt, input_type_mask)
+        head = self._head.serving() if skip_logits and self._runs_in_parts(kwargs) else None
+        if head is not None:
+            kwargs["decoder"] = head.decoder
+        elif terms is not None and skip_logits:
+            logits_to_keep = (terms.positions % max(length, 1)).unique()
         if self._why_expanded is not None:
             self._check_rows_fit(batch, int(past) + length, attention_mask, packed, index)
         run = self._forward_shared if self._why_expanded is None else self._forward_expanded
@@ -432,14 +511,24 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         )
         if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
             self._predict_empty_rows(out, packed, index, own_start, own_end, length)
-        if labels is not None:
-            scored = (out.logits, logits_to_keep, labels, own_start)
-            if cpt and packed is not None:
-                loss = self._cpt_loss(*scored, packed, index, input_type_mask)
+        if terms is not None:
+            if head is not None:
+                hidden = out.last_hidden_state.flatten(0, 1)[terms.positions]
+                own = head.sum(hidden, terms.labels, terms.weights)
             else:
-                loss = self._loss(*scored, packed, index, num_items_in_batch)
-            fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
-            out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
+                own = _sum_of_logits(out.logits, logits_to_keep, terms, length)
+            loss = terms.loss(
+                own,
+                () if packed is None else packed.next_logits,
+                () if packed is None else packed.virtual_logits,
+                None if cpt else num_items_in_batch,
+            )
+            if head is not None:
+                fields = {k: out.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
+                out = CausalLMOutputWithPast(loss=loss, **fields)
+            else:
+                fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
+                out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
         return out.to_tuple() if return_dict is False else out
 
     def _check_inputs(
@@ -457,6 +546,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             raise ValueError(f"{name}: the batch is empty, found shape {tuple(given.shape)}")
         if labels is not None and labels.shape != (batch, length):
             raise ValueError(f"labels: expected shape {(batch, length)}, found {tuple(labels.shape)}")
+        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(f"labels: expected token ids (int64), found {labels.dtype}")
         if input_ids is not None and not (decoding and length == 1):
             self._check_token_ids(input_ids)
         return batch, length
@@ -497,8 +588,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | Tensor,
+        decoder: nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        """One pass of the base behind its prefixes, or of its `decoder` alone, which gives no logits."""
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         (batch, length), device = given.shape[:2], given.device
@@ -539,7 +632,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
         positions = positions.to(device)
         fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
-        if fused is not None:
+        if fused is not None and decoder is None:
             hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
             logits = fused(hidden, positions, context, cache, logits_to_keep)
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -547,14 +640,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
             # once per row (32 rows, SmolLM2-135M: 104 ms of an 860 ms prefill); as an index they are one dense block.
             logits_to_keep = torch.arange(length - logits_to_keep, length, device=device)
-        return self.base(
+        if decoder is None:
+            kwargs["logits_to_keep"] = logits_to_keep
+        return (decoder or self.base)(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=hooks.no_mask(batch, device),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
             **{hooks.KEYWORD: context},
             **kwargs,
         )
@@ -641,32 +735,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             logits[row, -1] = predicted.to(logits.dtype)
         out["logits"] = logits
 
-    def _loss(
-        self,
-        logits: Tensor,
-        columns: int | Tensor,
-        labels: Tensor,
-        own_start: Tensor | None,
-        packed: Packed | None,
-        index: Tensor | None,
-        num_items: Tensor | int | None,
-    ) -> Tensor:
-        shifted, first = split_labels(labels, own_start)
-        if isinstance(columns, Tensor):
-            shifted = shifted[:, columns]
-        # What the prefix itself predicts: the first own token, in rows where it is labelled.
-        rows: list[int] = []
-        predicted: list[Tensor] = []
-        if packed is not None and any(logits is not None for logits in packed.next_logits):
-            places = [0] * len(first) if index is None else index.tolist()
-            for row in (first != IGNORE).nonzero().squeeze(1).tolist():
-                prediction = packed.next_logits[places[row]] if places[row] >= 0 else None
-                if prediction is not None:
-                    rows.append(row)
-                    predicted.append(prediction)
-        next_logits = torch.stack(predicted) if predicted else None
-        return causal_lm_loss(logits, shifted, next_logits, first[rows], num_items)
-
     def _wants_cpt(self, prompt: Any, task_ids: Any, batch: int) -> bool:
         """CPT has its own loss, over labels of virtual tokens too; a batch can't mix it with the ordinary one."""
         rows = self._row_prompts(prompt, task_ids, batch)
@@ -677,28 +745,68 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             return False
         return is_cpt == {True}
 
-    def _cpt_loss(
+    def _runs_in_parts(self, options: dict[str, Any]) -> bool:
+        """Whether a loss alone is better had from the base's decoder and head apart: not where the fused decoder may
+        serve, which has both, nor where `options` ask for what only the whole gives."""
+        asked = {name for name, value in options.items() if value is not None and value is not False}
+        if torch.compiler.is_compiling() or asked - {"position_ids", "output_hidden_states", "output_attentions"}:
+            return False
+        return torch.is_grad_enabled() or not isinstance(self._fused.get(self.backend), FusedDecoder)
+
+    def _terms(
         self,
-        logits: Tensor,
-        columns: int | Tensor,
         labels: Tensor,
         own_start: Tensor | None,
-        packed: Packed,
+        packed: Packed | None,
         index: Tensor | None,
+        cpt: bool,
         input_type_mask: Tensor | None,
-    ) -> Tensor:
-        """PEFT's CPT loss (``SoftPrompt.cpt_targets`` has the formula) over all rows of all CPT prompts."""
-        total, count = logits.sum() * 0.0, torch.zeros((), device=logits.device)
+    ) -> Terms:
+        """What the loss of these visible labels sums; CPT's is its own (formula: ``SoftPrompt.cpt_targets``)."""
+        if packed is None or not cpt:
+            predicts = () if packed is None else [logits is not None for logits in packed.next_logits]
+            return causal_lm_terms(labels, own_start, index, predicts)
+        groups = []
         for place, (name, _) in enumerate(packed.prompts):
-            rows = slice(None) if index is None else (index == place).nonzero()[:, 0]
-            prompt, virtual = self._bank[name], packed.virtual_logits[place]
-            assert isinstance(prompt, SoftPrompt) and virtual is not None
+            rows = torch.arange(len(labels), device=labels.device)
+            rows = rows if index is None else rows[index == place]
+            prompt = self._bank[name]
+            assert isinstance(prompt, SoftPrompt)
             types = None if input_type_mask is None else input_type_mask[rows]
-            targets, weights = prompt.cpt_targets(labels[rows], types)
-            start = None if own_start is None else own_start[rows]
-            more, counted = cpt_terms(logits[rows], columns, targets, weights, virtual, start)
-            total, count = total + more, count + counted
-        return total / count.clamp(min=1)
+            groups.append((rows, *prompt.cpt_targets(labels[rows], types)))
+        return cpt_terms(labels, own_start, groups)
+
+    def _forward_segments(
+        self,
+        segments: Segments,
+        *,
+        prompt: Any,
+        task_ids: Any,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`forward` of packed rows: every segment as a row of its own, its results where the segment stood."""
+        if use_cache or kwargs.get("output_attentions") or isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+            raise ValueError(
+                "position_ids: packed rows (positions restart at 0) can't be combined with use_cache=True, "
+                "output_attentions or logits_to_keep"
+            )
+        for name, fill in (("input_ids", 0), ("inputs_embeds", 0), ("labels", IGNORE), ("input_type_mask", 0)):
+            if kwargs[name] is not None:
+                kwargs[name] = segments.unpack(name, kwargs[name], fill)
+        out = self.forward(
+            attention_mask=segments.mask,
+            prompt=segments.per_segment("prompt", prompt),
+            task_ids=segments.per_segment("task_ids", task_ids),
+            use_cache=False,
+            **kwargs,
+        )
+        if out.logits is not None:
+            out["logits"] = segments.pack(out.logits)
+        if out.get("hidden_states") is not None:
+            out["hidden_states"] = tuple(segments.pack(states) for states in out.hidden_states)
+        return out
 
     def _forward_expanded(self, **kwargs: Any) -> Any:
         packed, index, cache = kwargs["packed"], kwargs["index"], kwargs["cache"]
@@ -946,6 +1054,37 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         self._fused.forget()
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
+
+
+def _segments(
+    options: dict[str, Any], attention_mask: Tensor | None, cache: Cache | None, shape: tuple[int, int]
+) -> Segments | None:
+    """The segments that the positions among `options` show; takes those and what collators say besides out of it."""
+    told = [name for name in SEGMENT_ARGUMENTS if options.pop(name, None) is not None]
+    positions = options.get("position_ids")
+    if positions is None:
+        if told:
+            raise ValueError(f"position_ids: packed rows ({', '.join(sorted(told))}) need positions that restart at 0")
+        return None
+    if cache is not None or (attention_mask is not None and attention_mask.shape != shape):
+        return None
+    segments = Segments.find(positions, attention_mask, shape)
+    if segments is not None:
+        del options["position_ids"]
+    return segments
+
+
+def _sum_of_logits(logits: Tensor, columns: int | Tensor, terms: Terms, length: int) -> Tensor:
+    """The summed cross-entropies at own tokens from logits ``[B, C, V]`` of all columns (an int) or of those given."""
+    row, column = terms.positions // max(length, 1), terms.positions % max(length, 1)
+    if isinstance(columns, Tensor):
+        column = torch.searchsorted(columns, column)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return weighted_sum(logits[row, column], terms.labels, terms.weights)
+    places = row * logits.shape[1] + column
+    return summed_cross_entropy(
+        logits.flatten(0, 1).__getitem__, places, terms.labels, terms.weights, vocab_size=logits.shape[-1]
+    )
 
 
 def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from softprompt_fast.bank import Packed, RowPrompt
 from softprompt_fast.cache import rows_held
+from softprompt_fast.losses import IGNORE
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -22,6 +23,19 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         found = int(input_ids[row, column])
         raise IndexError(
             f"input_ids: token id {found} at row {row}, position {column} is outside the vocabulary of {vocab_size}"
+        )
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """IndexError naming the label, its place and the vocabulary size where one is neither -100 nor in it
+    (synchronises)."""
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        found = int(labels[row, column])
+        raise IndexError(
+            f"labels: label {found} at row {row}, position {column} is neither -100 nor in the vocabulary of "
+            f"{vocab_size}"
         )
 
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("model", "encoder"),
     ("prompted",),
     ("integrations",),
-    ("bank", "cache", "expanded", "explanation", "losses", "prefix_kv", "prompt", "row_layout", "rows"),
+    ("bank", "cache", "expanded", "explanation", "losses", "packing", "prefix_kv", "prompt", "row_layout", "rows"),
     ("nn", "testing"),
     ("ops",),
     ("backends", "reference"),

@@ -73,6 +73,15 @@ def score_rows(heads: int, rows: int, keys: int) -> int:
     return max(1, min(rows, (1 << 22) // max(1, heads * keys)))
 
 
+def loss_rows(rows: int, vocab_size: int) -> int:
+    """How many labelled positions to compute the loss of at a time: logits of at most 32 MB in float32, but 16 rows,
+    below which the head's product reads its weights too often for what it computes.
+
+    Example: 512 rows over 49152 tokens: ``2^23 // 49152 = 170`` rows; over 1M tokens 16; 10 rows: all.
+    """
+    return max(1, min(rows, max(16, (1 << 23) // vocab_size)))
+
+
 def stack_queries(queries: int, groups: int) -> bool:
     """Whether the Triton kernels stack the queries of all rows and of a key's ``groups`` query heads into one tile.
 

@@ -39,6 +39,12 @@ def why_not_expanded(base: PreTrainedModel) -> str | None:
     return None if base.device.type == "meta" else _try(base, lambda: _run_expanded(base))
 
 
+def why_not_in_parts(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) -> str | None:
+    """The reason why `run`, embeddings ``[1, S, H]`` -> logits ``[1, S, V]`` through parts of `base`, does not give
+    what `base` gives as a whole, or None."""
+    return _try(base, lambda: _differ(base, run(_embeddings(base))[:, _PREFIX:], "through its parts"))
+
+
 def _try(base: PreTrainedModel, run: Callable[[], str | None]) -> str | None:
     modules = [module for module in base.modules() if module.training]
     for module in modules:
@@ -68,12 +74,12 @@ def _embeddings(base: PreTrainedModel) -> Tensor:
     return embedding(ids)
 
 
-def _differ(base: PreTrainedModel, logits: Tensor) -> str | None:
-    """How `logits` of the last own tokens differ from those of the whole sequence run at once."""
+def _differ(base: PreTrainedModel, logits: Tensor, where: str = "behind a prefix") -> str | None:
+    """How `logits` of the own tokens differ from those of the whole sequence run at once."""
     whole = base(inputs_embeds=_embeddings(base), use_cache=False).logits[:, _PREFIX:]
     error = float((logits - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
     allowed = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
-    return None if error <= allowed else f"logits behind a prefix differ from the whole by {error:.1e} (relative)"
+    return None if error <= allowed else f"logits {where} differ from the whole by {error:.1e} (relative)"
 
 
 def _run_shared(base: PreTrainedModel, backend: str | None) -> str | None:

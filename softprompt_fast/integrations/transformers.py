@@ -67,10 +67,19 @@ class CaptureContext:
 
     This is how a prompt is compiled: no cache is involved, so nothing is copied, dropped by a sliding window, or lost
     under gradient checkpointing, and the recorded tensors carry their autograd graph.
+
+    Attributes:
+        stop_after: raise :class:`CapturedAll` once this many layers are recorded: what the last of them computes
+            behind its keys and values is then not computed. None: the pass runs to its end.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    stop_after: int | None = None
+
+
+class CapturedAll(Exception):
+    """All layers that a :class:`CaptureContext` waits for are recorded."""
 
 
 def soft_prompt_attention(
@@ -99,6 +108,8 @@ def soft_prompt_attention(
         # "not in": a checkpointed layer runs twice, and only the first run's tensors are in the graph.
         context.keys[module.layer_idx] = key
         context.values[module.layer_idx] = value
+        if len(context.keys) == context.stop_after:
+            raise CapturedAll
     return original(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -307,6 +318,17 @@ def num_attention_layers(base: PreTrainedModel) -> int:
 def drops_cache(base: PreTrainedModel) -> bool:
     """Whether a forward pass now would ignore `past_key_values`, as checkpointed layers do in training mode."""
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def may_stop_early(base: PreTrainedModel) -> bool:
+    """Whether a pass of `base` may be left by an exception: nobody waits for the end of one of its modules. Hooks may
+    (FSDP's do), a checkpointed layer would meet the exception again in the backward pass, dynamo can't trace it."""
+    if torch.compiler.is_compiling() or drops_cache(base):
+        return False
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl or "forward" in m.__dict__
+        for m in base.modules()
+    )
 
 
 @dataclass(frozen=True)
