@@ -39,7 +39,9 @@ OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_stat
 # The most telling first, should time run out.
 MODEL_FILES = [
     f"tests/test_{name}.py"
-    for name in ("gpu", "model", "generate", "cache", "nn", "losses", "bank", "concurrency", "compile", "encoder")
+    for name in (
+        ["gpu", "model", "generate", "cache", "nn", "losses", "training", "bank", "concurrency", "compile", "encoder"]
+    )
 ]
 MORE_MODEL_FILES = [f"tests/test_{name}.py" for name in ("encoder_decoder", "families", "generate_families", "oracle")]
 #: Every other test file, and why it does not run on a GPU.

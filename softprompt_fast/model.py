@@ -186,6 +186,41 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self.active_prompt is None:
             self.active_prompt = name
 
+    @torch.no_grad()
+    def cartridge_from_tokens(
+        self, input_ids: Tensor, *, num_virtual_tokens: int | None = None, num_frozen_tokens: int = 1
+    ) -> SoftPrompt:
+        """A trainable CARTRIDGE that starts as the base's own keys and values of a text: at first it answers as the
+        base does with that text before every row.
+
+        Args:
+            input_ids: int64 ``[T]``, the text.
+            num_virtual_tokens: P, how many of its first tokens to take; None for all.
+            num_frozen_tokens: how many of those never change (:meth:`SoftPrompt.from_prefix`).
+
+        Raises:
+            ValueError: another shape, P outside 1..T, or more tokens than the base has positions.
+            IndexError: a token id outside the vocabulary.
+            AdapterError: `num_frozen_tokens` outside 0..P, or a base whose layers differ in shape.
+        """
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids: expected one text of shape [T], found {tuple(input_ids.shape)}")
+        tokens = len(input_ids) if num_virtual_tokens is None else num_virtual_tokens
+        if not 1 <= tokens <= len(input_ids):
+            raise ValueError(f"num_virtual_tokens: expected 1 to {len(input_ids)}, the tokens given, found {tokens}")
+        if self._limit is not None:
+            self._check_positions(tokens, tokens)
+        embedding = self.base.get_input_embeddings()
+        check_token_ids(input_ids[None], embedding.num_embeddings)
+        with self._eval_base():
+            embeds = embedding(input_ids[None, :tokens].to(self.device))
+            keys, values, _ = self._run_prompt(embeds, all_logits=False, next_logits=False)
+        pairs = tuple(key[0] for key in keys), tuple(value[0] for value in values)
+        prefix = PrefixKV(*pairs, method="CARTRIDGE", fingerprint="")  # it lives no longer than this call
+        name = self.base.name_or_path or None
+        prompt = SoftPrompt.from_prefix(prefix, num_frozen_tokens=num_frozen_tokens, base_model_name_or_path=name)
+        return prompt.to(self.device)
+
     def remove_prompt(self, name: str) -> None:
         """Drop a prompt; if it was the active one, none is."""
         self._bank.remove(name)
@@ -1020,6 +1055,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 path, note = "shared prefix, fused decoder", str(fused)
             elif fused is not None:
                 reason = "; ".join(filter(None, (reason, f"decoder not fused: {fused}")))
+        if isinstance(why := self._head.get(), str):
+            note = "; ".join(filter(None, (note, f"loss in one piece: {why}")))
         layers = tuple(LayerPath(i, path, backend, reason) for i in range(self._num_layers))
         return Explanation(type(self.base).__name__, layers, note)
 

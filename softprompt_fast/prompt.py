@@ -17,12 +17,15 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from softprompt_fast.errors import AdapterError
+
+if TYPE_CHECKING:
+    from softprompt_fast.prefix_kv import PrefixKV
 
 TokenEmbeddings = Tensor | nn.Module
 """A token table `[V, H]`, or the module that looks ids up in it (some families scale inside that module)."""
@@ -236,6 +239,43 @@ class SoftPrompt(nn.Module):
             prompt.build()
         prompt.load_adapter_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()})
         return prompt.requires_grad_(False)
+
+    @staticmethod
+    def from_prefix(
+        prefix: PrefixKV, *, num_frozen_tokens: int = 1, base_model_name_or_path: str | None = None
+    ) -> SoftPrompt:
+        """A trainable CARTRIDGE that starts from the keys and values of `prefix` (copied; 8-bit ones dequantised).
+
+        Args:
+            num_frozen_tokens: how many of the first tokens never change. The first one collects much of the attention
+                of any text, and training is steadier where it stays (Eyuboglu et al. 2025).
+            base_model_name_or_path: written to the adapter's configuration.
+
+        Raises:
+            AdapterError: `num_frozen_tokens` is out of range, or layers differ in shape: PEFT's format has one for
+                all.
+        """
+        floating = prefix.dequantize() if prefix.scales is not None else prefix
+        shapes = {tuple(tensor.shape) for tensor in (*floating.keys, *floating.values)}
+        if len(shapes) > 1:
+            raise AdapterError(f"CARTRIDGE needs keys and values of one shape, the prefix has {sorted(shapes)}")
+        ((heads, tokens, dim),) = shapes
+        pairs = [x for pair in zip(floating.keys, floating.values, strict=True) for x in pair]
+        # [2 * layers, Hkv, P, D] -> [P, layers * 2 * Hkv * D], as key_values() reads it
+        flat = torch.stack(pairs).detach().permute(2, 0, 1, 3).reshape(tokens, -1)
+        config = {
+            "peft_type": "CARTRIDGE",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model_name_or_path,
+            "num_virtual_tokens": tokens,
+            "token_dim": heads * dim,
+            "num_layers": len(floating.keys),
+            "num_attention_heads": heads,
+            "num_frozen_tokens": num_frozen_tokens,
+        }
+        prompt = SoftPrompt.from_tensors(config, {"prompt_embeddings": flat})
+        prompt.config["inference_mode"] = False
+        return prompt.requires_grad_(True)
 
     @staticmethod
     def from_encoder(config: Mapping[str, Any], encoder: nn.Module) -> SoftPrompt:

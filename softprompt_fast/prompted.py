@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt_fast.integrations import peft as peft_io
+from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import SoftPrompt
 
@@ -75,6 +76,43 @@ class PromptedModel(nn.Module):
         if self.active_prompt is None:
             raise ValueError("prompt: no active prompt to save; call save_prompt(name, directory)")
         self.save_prompt(self.active_prompt, directory)
+
+    # transformers' Trainer calls these: the newer name of each pair where its version has it, else the older.
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Keep only each layer's input and run the layer again in the backward pass (in training mode). The prefix
+        takes part in both runs.
+
+        Args:
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False
+                unless they say True, which a call that trains a prompt refuses: its gradient would be cut.
+            options: further ones of the base's method (``every_n_layers``, ``offload``).
+        """
+        hooks.enable_checkpointing(self.base, activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        hooks.disable_checkpointing(self.base)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return hooks.is_checkpointing(self.base)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
 
     def _row_names(self, prompt: Any, batch: int) -> list[str | None]:
         """The prompt of each row, by name; all of them known."""

@@ -154,6 +154,13 @@ def test_fuse_projection() -> None:
     assert not heuristics.fuse_projection(32 * (128 + 128))
 
 
+def test_loss_rows() -> None:
+    """The worked example, and never a chunk of nothing."""
+    assert heuristics.loss_rows(512, 49152) == 170
+    assert heuristics.loss_rows(512, 1 << 20) == 16
+    assert [heuristics.loss_rows(rows, 49152) for rows in (0, 10)] == [1, 10]
+
+
 def test_score_rows() -> None:
     assert heuristics.score_rows(96, 1024, 2048) == 21
     assert heuristics.score_rows(3, 96, 512) == 96

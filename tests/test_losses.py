@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from softprompt_fast.backends import heuristics
 from softprompt_fast.losses import (
     IGNORE,
-    causal_lm_loss,
-    labelled_columns,
+    causal_lm_terms,
+    repeated_cross_entropy,
     split_labels,
+    summed_cross_entropy,
     visible_labels,
     weighted_sum,
 )
@@ -21,11 +23,13 @@ from softprompt_fast.losses import (
 VOCAB = 11
 
 
-def own_and_first(logits: Tensor, labels: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of causal_lm_loss from logits ``[B, 1 + S, V]``, the first of each row being its prefix's."""
-    shifted, first = split_labels(labels, start)
-    rows = (first != IGNORE).nonzero()[:, 0]
-    return logits[:, 1:], shifted, logits[rows, 0], first[rows]
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, start: Tensor | None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """The loss from logits ``[B, 1 + S, V]``, the first of each row being what its prefix, one a row, predicts."""
+    terms = causal_lm_terms(labels, start, torch.arange(len(labels)), [True] * len(labels))
+    own = weighted_sum(logits[:, 1:].flatten(0, 1)[terms.positions], terms.labels, terms.weights)
+    return terms.loss(own, logits[:, 0].unbind(), num_items=num_items)
 
 
 def test_unpadded_rows_give_transformers_loss() -> None:
@@ -33,10 +37,10 @@ def test_unpadded_rows_give_transformers_loss() -> None:
     labels[0, :2], labels[1, 3], labels[2, 4] = IGNORE, IGNORE, IGNORE
     whole = torch.cat([torch.full((3, 1), IGNORE), labels], dim=1)
     expected = ForCausalLMLoss(logits, whole, VOCAB)
-    torch.testing.assert_close(causal_lm_loss(*own_and_first(logits, labels, None)), expected)
+    torch.testing.assert_close(causal_lm_loss(logits, labels, None), expected)
     by_items = ForCausalLMLoss(logits, whole, VOCAB, num_items_in_batch=torch.tensor(40))
     for items in (40, torch.tensor(40)):
-        torch.testing.assert_close(causal_lm_loss(*own_and_first(logits, labels, None), num_items=items), by_items)
+        torch.testing.assert_close(causal_lm_loss(logits, labels, None, items), by_items)
 
 
 def test_padded_rows_give_the_mean_over_rows_alone() -> None:
@@ -44,7 +48,7 @@ def test_padded_rows_give_the_mean_over_rows_alone() -> None:
     logits, labels = torch.randn(3, 6, VOCAB), torch.randint(0, VOCAB, (3, 5))
     visible = visible_labels(labels, start, end)
     assert (visible != IGNORE).sum(dim=1).tolist() == [3, 4, 0]
-    found = causal_lm_loss(*own_and_first(logits, visible, start))
+    found = causal_lm_loss(logits, visible, start)
     total = torch.zeros(())
     for row in range(2):
         a, b = start[row], end[row]
@@ -74,31 +78,76 @@ def test_split_labels() -> None:
     assert shifted.shape == (2, 0) and first.tolist() == [IGNORE, IGNORE]
 
 
-def test_only_labelled_columns_are_needed() -> None:
-    logits, labels = torch.randn(2, 6, VOCAB), torch.full((2, 5), IGNORE)
-    labels[0, 2], labels[1, 4] = 3, 5
-    own, shifted, prefix_logits, first = own_and_first(logits, labels, None)
-    columns = labelled_columns(shifted)
-    assert columns.tolist() == [1, 3]
-    kept = causal_lm_loss(own[:, columns], shifted[:, columns], prefix_logits, first)
-    torch.testing.assert_close(kept, causal_lm_loss(own, shifted, prefix_logits, first))
+def test_terms_of_prefixes_that_do_and_do_not_predict() -> None:
+    labels = torch.tensor([[7, 8, 9], [IGNORE, 5, 6], [1, 2, IGNORE], [3, IGNORE, IGNORE]])
+    terms = causal_lm_terms(labels, None, torch.tensor([1, 1, 0, -1]), [False, True])
+    assert terms.positions.tolist() == [0, 1, 3, 4, 6] and terms.labels.tolist() == [8, 9, 5, 6, 2]
+    assert [part.labels.tolist() for part in terms.prefixes] == [[], [7]] and terms.count == 6
 
 
-@pytest.mark.parametrize("columns", [4, 0])
-def test_nothing_labelled_is_zero_with_a_zero_gradient(columns: int) -> None:
-    logits = torch.randn(2, columns, VOCAB, requires_grad=True)
-    loss = causal_lm_loss(logits, torch.full((2, columns), IGNORE), None, None)
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_nothing_labelled_is_zero_with_a_zero_gradient(items: Tensor | int | None) -> None:
+    logits = torch.randn(2, 5, VOCAB, requires_grad=True)
+    loss = causal_lm_loss(logits, torch.full((2, 4), IGNORE), None, items)
     loss.backward()
-    assert loss.item() == 0.0 and logits.grad.shape == logits.shape and not logits.grad.any()
+    assert loss.item() == 0.0 and not logits.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_logits_are_summed_in_fp32(dtype: torch.dtype) -> None:
-    logits, labels = torch.randn(4, 64, VOCAB).to(dtype), torch.randint(0, VOCAB, (4, 64))
-    loss = causal_lm_loss(logits, labels, None, None)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, cross_entropy(logits.float().flatten(0, 1), labels.flatten()))
-    assert causal_lm_loss(logits.double(), labels, None, None).dtype == torch.float64
+    logits, labels = torch.randn(256, VOCAB).to(dtype), torch.randint(0, VOCAB, (256,))
+    expected = cross_entropy(logits.float(), labels, reduction="sum")
+    for found in (weighted_sum(logits, labels), summed_cross_entropy(torch.clone, logits, labels, vocab_size=VOCAB)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected)
+    assert weighted_sum(logits.double(), labels).dtype == torch.float64
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunks_give_the_sum_and_the_gradient_of_the_whole(
+    rows: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "loss_rows", lambda rows, vocab_size: 3)
+    hidden, weight = torch.randn(rows, 8, dtype=torch.float64), torch.randn(VOCAB, 8, dtype=torch.float64)
+    labels, weights = torch.randint(0, VOCAB, (rows,)), torch.rand(rows) if weighted else None
+    seen: list[int] = []
+
+    def head(states: Tensor) -> Tensor:  # with a soft cap, which is no linear map
+        seen.append(len(states))
+        return 3 * torch.tanh(states @ weight.T / 3)
+
+    def run(whole: bool) -> tuple[Tensor, Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        if whole:
+            total = weighted_sum(head(leaf), labels, weights)
+        else:
+            total = summed_cross_entropy(head, leaf, labels, weights, vocab_size=VOCAB)
+        (total * 0.5).backward()
+        return total.detach(), leaf.grad
+
+    expected = run(whole=True)
+    seen.clear()
+    torch.testing.assert_close(run(whole=False), expected)
+    assert sum(seen) == rows and max(seen, default=0) <= 3
+    torch.testing.assert_close(summed_cross_entropy(head, hidden, labels, weights, vocab_size=VOCAB), expected[0])
+
+
+def test_chunks_are_once_differentiable() -> None:
+    hidden = torch.randn(4, VOCAB, requires_grad=True)
+    total = summed_cross_entropy(torch.clone, hidden, torch.arange(4), vocab_size=VOCAB)
+    (gradient,) = torch.autograd.grad(total.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_repeated_cross_entropy() -> None:
+    logits, labels, weights = torch.randn(VOCAB, requires_grad=True), torch.tensor([3, 3, 0, 10]), torch.rand(4)
+    for given in (None, weights):
+        found = repeated_cross_entropy(logits, labels, given)
+        expected = weighted_sum(logits.expand(4, -1), labels, given)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
 
 
 def test_weighted_sum() -> None:

@@ -317,7 +317,28 @@ def num_attention_layers(base: PreTrainedModel) -> int:
 
 def drops_cache(base: PreTrainedModel) -> bool:
     """Whether a forward pass now would ignore `past_key_values`, as checkpointed layers do in training mode."""
-    return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    return base.training and is_checkpointing(base)
+
+
+def enable_checkpointing(base: PreTrainedModel, kwargs: dict[str, Any] | None, **options: Any) -> None:
+    """Switch activation checkpointing of `base` on, non-reentrant unless `kwargs` (of ``torch.utils.checkpoint``) say
+    otherwise: the reentrant kind would cut the prompt's gradient. `options` as the installed transformers has them."""
+    kwargs = {"use_reentrant": False, **(kwargs or {})}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def disable_checkpointing(base: PreTrainedModel) -> None:
+    """Switch activation checkpointing of `base` off."""
+    name = "activation_checkpointing_disable"
+    getattr(base, name if hasattr(base, name) else "gradient_checkpointing_disable")()
+
+
+def is_checkpointing(base: PreTrainedModel) -> bool:
+    """Whether a layer of `base` is checkpointed while it trains."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def may_stop_early(base: PreTrainedModel) -> bool:
