@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,14 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt_fast import expanded
+from softprompt_fast.accumulation import GradientAccumulation
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import requested
 from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt, pack
 from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
-from softprompt_fast.integrations import probe
+from softprompt_fast.integrations import probe, trainer
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
 from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
@@ -75,6 +76,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         super().__init__(base, backend=backend, freeze_base=freeze_base)
         self.generation_config = base.generation_config
         self._bank = PromptBank(self._compile_frozen)
+        self._accumulation = GradientAccumulation(trainer.more_micro_batches_follow)
         self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
         requested(backend)  # raises for a name that is no backend's
@@ -334,18 +336,63 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
 
     def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool) -> Packed:
+        versions = {row: self._bank.version(row[0]) for row in distinct}
+        compiled = self._compile_once_a_step(versions, virtual_logits)
+        return pack(distinct, list(versions.values()), compiled, self.dtype)
+
+    def _compile_once_a_step(self, versions: dict[RowPrompt, int], virtual_logits: bool) -> list[Compiled]:
+        def run(rows: list[RowPrompt]) -> list[Compiled]:
+            return self._compile_rows(rows, virtual_logits)
+
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return run(list(versions))
+        if self._accumulation.explicit and trainer.active_ddp() is not None:
+            raise RuntimeError(
+                "accumulate_gradients: its gradients would not be reduced by DistributedDataParallel; leave it out and "
+                "use the wrapper's no_sync(), which this model follows"
+            )
+        device = self.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._accumulation.compiled(
+            versions,
+            (virtual_logits, autocast),
+            run,
+            lambda row: () if isinstance(prompt := self._bank[row[0]], PrefixKV) else prompt.parameters(),
+            training=self.training,
+        )
+
+    def _compile_rows(self, rows: list[RowPrompt], virtual_logits: bool) -> list[Compiled]:
         compiled: dict[RowPrompt, Compiled] = {}
-        for name in dict.fromkeys(name for name, _ in distinct):
+        for name in dict.fromkeys(name for name, _ in rows):
             prompt = self._bank[name]
             if isinstance(prompt, PrefixKV):
                 compiled[name, None] = Compiled.of(prompt)
                 continue
-            wanted = [row for row in distinct if row[0] == name]
+            wanted = [row for row in rows if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
             wants_logits = virtual_logits and prompt.method == "CPT"
             compiled.update(zip(wanted, self._compile(prompt, tasks, all_logits=wants_logits), strict=True))
-        versions = [self._bank.version(name) for name, _ in distinct]
-        return pack(distinct, versions, [compiled[row] for row in distinct], self.dtype)
+        return [compiled[row] for row in rows]
+
+    @contextmanager
+    def accumulate_gradients(self) -> Iterator[None]:
+        """Run each prompt once for all micro-batches of an optimizer step.
+
+        ``loss.backward()`` inside leaves the gradients of the prompts' keys and values summed but unfinished; at the
+        end of the block the prompts' own backward runs once and adds to their parameters' ``grad``, as if each
+        micro-batch had run it. Clip and step after the block. An exception in it drops its gradients.
+
+        Accelerate's ``accumulate``, transformers' Trainer, TRL's trainers and DistributedDataParallel's ``no_sync()``
+        are followed without this block: there the last micro-batch's ``backward()`` finishes the gradients of all.
+
+        Dropout in a prompt's own run (P_TUNING's LSTM, a base with dropout) then draws one mask a step.
+
+        Raises:
+            RuntimeError: a training call inside a DistributedDataParallel forward, whose gradients would not be
+                reduced; or ``backward()`` of a loss of this block after its end.
+        """
+        with self._accumulation.window():
+            yield
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
