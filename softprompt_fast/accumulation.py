@@ -3,9 +3,9 @@
 
 The gradient of a sum of losses is linear in the gradients of the prompt's keys and values: those of every micro-batch
 can be summed first and taken through the prompt's own layers together. So the micro-batches see detached copies
-(leaves) of one run's keys, values and logits, where autograd sums their gradients, and the prompt's backward runs once:
-inside the last micro-batch's own ``backward()`` where it is known to be the last (gradient clipping, loss scaling and
-DistributedDataParallel's hooks then see whole gradients), else when told to.
+(leaves) of one run's keys, values and logits, where autograd sums their gradients, and the prompt's backward runs
+once: inside the last micro-batch's own ``backward()`` where it is known to be the last (gradient clipping, loss
+scaling and DistributedDataParallel's hooks then see whole gradients), else when told to.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class _SharedRun:
     def _receive(self, _: Tensor) -> None:
         if self._ended:
             raise RuntimeError(
-                "loss: the prompt's backward for this step has run already; call backward() on each micro-batch's loss "
-                "before the next forward pass, and inside accumulate_gradients() where that is used"
+                "loss: the prompt's backward for this step has run already; call backward() on each micro-batch's "
+                "loss before the next forward pass, and inside accumulate_gradients() where that is used"
             )
         if not self.parked:
             self.parked = True
@@ -126,7 +126,7 @@ class _SharedRun:
         roots = self._roots
         pairs = [(root, grad) for root, grad in zip(roots, self.take(), strict=True) if grad is not None]
         if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
 
 
 class _AddParked(torch.autograd.Function):

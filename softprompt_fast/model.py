@@ -348,8 +348,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             return run(list(versions))
         if self._accumulation.explicit and trainer.active_ddp() is not None:
             raise RuntimeError(
-                "accumulate_gradients: its gradients would not be reduced by DistributedDataParallel; leave it out and "
-                "use the wrapper's no_sync(), which this model follows"
+                "accumulate_gradients: its gradients would not be reduced by DistributedDataParallel; leave it out "
+                "and use the wrapper's no_sync(), which this model follows"
             )
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -396,6 +396,13 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL replaces `forward` by one that, asked for a fused head, runs the base without its prompt; the same
+        # question under another name passes through to the forward below.
+        if kwargs.pop("fused_lm_head", False):
+            kwargs["return_token_scores"] = True
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -410,6 +417,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        return_token_scores: bool = False,
         input_type_mask: Tensor | None = None,
         prompt_index: Tensor | None = None,
         own_start: Tensor | None = None,
@@ -430,6 +438,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 logits at labelled positions are computed and ``out.logits`` is None. True always gives them.
             input_type_mask: int ``[B, S]``, CPT's token types of own tokens (default: all labels count).
             num_items_in_batch: divisor of the summed loss instead of the number of labels (gradient accumulation).
+            return_token_scores: return a :class:`~softprompt_fast.integrations.trainer.TokenScores` of the labelled
+                tokens instead (TRL's ``fused_lm_head``; not for CPT, whose loss has other terms).
             prompt_index, own_start: int32 ``[B]``, set by :meth:`generate` so that a decode step computes neither.
 
         Returns:
@@ -445,6 +455,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
         skip_logits = False
         cpt = labels is not None and self._wants_cpt(prompt, task_ids, batch)
+        if return_token_scores and (labels is None or cpt):
+            raise ValueError(f"return_token_scores: {'CPT has a loss of its own' if cpt else 'needs labels'}")
         packed, index = self._select(
             prompt, task_ids, batch, training=self.training and labels is not None, virtual_logits=cpt
         )
@@ -460,6 +472,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 raise ValueError("labels: can't be combined with past_key_values that hold tokens")
             labels = visible_labels(labels, own_start, own_end)
             skip_logits = self.training if return_logits is None else not return_logits
+            skip_logits = skip_logits or return_token_scores
             if skip_logits:
                 logits_to_keep = labelled_columns(split_labels(labels, own_start)[0])
         if self._why_expanded is not None:
@@ -481,6 +494,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             self._predict_empty_rows(out, packed, index, own_start, own_end, length)
         if labels is not None:
             scored = (out.logits, logits_to_keep, labels, own_start)
+            if return_token_scores:
+                return self._token_scores(*scored, packed, index)
             if cpt and packed is not None:
                 loss = self._cpt_loss(*scored, packed, index, input_type_mask)
             else:
@@ -698,6 +713,35 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         index: Tensor | None,
         num_items: Tensor | int | None,
     ) -> Tensor:
+        shifted, next_logits, first = self._targets(columns, labels, own_start, packed, index)
+        return causal_lm_loss(logits, shifted, next_logits, first, num_items)
+
+    def _token_scores(
+        self,
+        logits: Tensor,
+        columns: int | Tensor,
+        labels: Tensor,
+        own_start: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+    ) -> trainer.TokenScores:
+        shifted, next_logits, first = self._targets(columns, labels, own_start, packed, index)
+        labelled = shifted != IGNORE
+        predicted, targets = logits[labelled], shifted[labelled]
+        if next_logits is not None:
+            predicted, targets = torch.cat([predicted, next_logits]), torch.cat([targets, first])
+        return trainer.token_scores(predicted, targets, lambda logits: logits)
+
+    def _targets(
+        self,
+        columns: int | Tensor,
+        labels: Tensor,
+        own_start: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The labels that own tokens predict at `columns`, and what prefixes predict of first own tokens, with the
+        labels of those."""
         shifted, first = split_labels(labels, own_start)
         if isinstance(columns, Tensor):
             shifted = shifted[:, columns]
@@ -711,8 +755,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 if prediction is not None:
                     rows.append(row)
                     predicted.append(prediction)
-        next_logits = torch.stack(predicted) if predicted else None
-        return causal_lm_loss(logits, shifted, next_logits, first[rows], num_items)
+        return shifted, torch.stack(predicted) if predicted else None, first[rows]
 
     def _wants_cpt(self, prompt: Any, task_ids: Any, batch: int) -> bool:
         """CPT has its own loss, over labels of virtual tokens too; a batch can't mix it with the ordinary one."""
