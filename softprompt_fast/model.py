@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -251,7 +252,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
                 "base with use_reentrant=False"
             )
-        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], out.logits
+        logits = hooks.behind_all_layers(self.base, capture, out.logits)
+        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], logits
 
     @contextmanager
     def _eval_base(self):
@@ -344,7 +346,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         def run(rows: list[RowPrompt]) -> list[Compiled]:
             return self._compile_rows(rows, virtual_logits)
 
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # FSDP around the prompts themselves has to reduce their gradients at every backward.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or isinstance(self, FSDPModule):
             return run(list(versions))
         if self._accumulation.explicit and trainer.active_ddp() is not None:
             raise RuntimeError(

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,7 +62,6 @@ class PrefixContext:
     scales: Scales | None = None
 
 
-@dataclass
 class CaptureContext:
     """Records each layer's own keys and values ``[B, Hkv, S, D]`` as attention sees them (after RoPE).
 
@@ -69,8 +69,38 @@ class CaptureContext:
     under gradient checkpointing, and the recorded tensors carry their autograd graph.
     """
 
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    # No dataclass: FSDP hands its layers copies of dataclass arguments, and a copy would keep what it records.
+    def __init__(self) -> None:
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+
+class _BehindAllLayers(torch.autograd.Function):
+    """Identity over captured keys and values and what the last layer leads to."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+def behind_all_layers(base: PreTrainedModel, context: CaptureContext, logits: torch.Tensor) -> torch.Tensor:
+    """`logits` (and the captured keys and values), such that a backward pass enters every layer at its end.
+
+    FSDP gathers a layer's weights when a gradient reaches the layer's output. That of the last layer's keys and values
+    does not come that way where nobody asks for logits; a gradient of zeros from `logits` does.
+    """
+    if not any(isinstance(module, FSDPModule) for module in base.modules()):
+        return logits
+    layers = list(context.keys)
+    pairs = [*(context.keys[i] for i in layers), *(context.values[i] for i in layers)]
+    logits, *pairs = _BehindAllLayers.apply(logits, *pairs)
+    context.keys = dict(zip(layers, pairs, strict=False))
+    context.values = dict(zip(layers, pairs[len(layers) :], strict=True))
+    return logits
 
 
 def soft_prompt_attention(
