@@ -200,7 +200,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     # ---- compiling -----------------------------------------------------------------------------------------------
 
     def _compile_frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:
-        with torch.no_grad(), self._eval_base():
+        # Kept for calls with autocast and without, so computed without.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._eval_base():
             compiled = self._compile(prompt, None if task is None else [task])[0]
             return PrefixKV(
                 keys=tuple(k.detach().clone(memory_format=torch.contiguous_format) for k in compiled.keys),

@@ -151,7 +151,10 @@ def _shared_prefix(
     if context.options is not None:
         asked = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         context.options[module.layer_idx] = asked
+    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    if context.scales is None:
+        prefix_key, prefix_value = _autocast(prefix_key), _autocast(prefix_value)
     if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
         # The op has no dropout and returns no weights: expand the prefix and let the original do it.
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
@@ -182,6 +185,12 @@ def _shared_prefix(
         **scales,
     )
     return out.transpose(1, 2), None
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast does to the arguments of PyTorch's own attention: rotated keys are float32 there, values are not."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _layer_prefix(
