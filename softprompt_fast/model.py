@@ -8,27 +8,29 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt_fast import expanded
+from softprompt_fast.accumulation import GradientAccumulation
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import requested
 from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt, pack
 from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
-from softprompt_fast.integrations import probe
+from softprompt_fast.integrations import probe, trainer
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
-from softprompt_fast.integrations.head import LazyHead, vocab_size
+from softprompt_fast.integrations.head import LabelledStates, LazyHead, vocab_size
 from softprompt_fast.losses import (
     IGNORE,
     Terms,
@@ -93,6 +95,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         super().__init__(base, backend=backend, freeze_base=freeze_base)
         self.generation_config = base.generation_config
         self._bank = PromptBank(self._compile_frozen)
+        self._accumulation = GradientAccumulation(trainer.more_micro_batches_follow)
         self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
         requested(backend)  # raises for a name that is no backend's
@@ -251,7 +254,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     # ---- compiling -----------------------------------------------------------------------------------------------
 
     def _compile_frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:
-        with torch.no_grad(), self._eval_base():
+        # Kept for calls with autocast and without, so computed without.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._eval_base():
             compiled = self._compile(prompt, None if task is None else [task])[0]
             return PrefixKV(
                 keys=tuple(k.detach().clone(memory_format=torch.contiguous_format) for k in compiled.keys),
@@ -314,6 +318,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
                 "base with use_reentrant=False"
             )
+        if logits is not None:
+            logits = hooks.behind_all_layers(self.base, capture, logits)
         return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], logits
 
     @contextmanager
@@ -412,21 +418,76 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
 
     def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool = True) -> Packed:
+        versions = {row: self._bank.version(row[0]) for row in distinct}
+        compiled = self._compile_once_a_step(versions, virtual_logits, next_logits)
+        return pack(distinct, list(versions.values()), compiled, self.dtype)
+
+    def _compile_once_a_step(
+        self, versions: dict[RowPrompt, int], virtual_logits: bool, next_logits: bool
+    ) -> list[Compiled]:
+        def run(rows: list[RowPrompt]) -> list[Compiled]:
+            return self._compile_rows(rows, virtual_logits, next_logits)
+
+        # FSDP around the prompts themselves has to reduce their gradients at every backward.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or isinstance(self, FSDPModule):
+            return run(list(versions))
+        if self._accumulation.explicit and trainer.active_ddp() is not None:
+            raise RuntimeError(
+                "accumulate_gradients: its gradients would not be reduced by DistributedDataParallel; leave it out "
+                "and use the wrapper's no_sync(), which this model follows"
+            )
+        device = self.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._accumulation.compiled(
+            versions,
+            (virtual_logits, next_logits, autocast),
+            run,
+            lambda row: () if isinstance(prompt := self._bank[row[0]], PrefixKV) else prompt.parameters(),
+            training=self.training,
+        )
+
+    def _compile_rows(self, rows: list[RowPrompt], virtual_logits: bool, next_logits: bool) -> list[Compiled]:
         compiled: dict[RowPrompt, Compiled] = {}
-        for name in dict.fromkeys(name for name, _ in distinct):
+        for name in dict.fromkeys(name for name, _ in rows):
             prompt = self._bank[name]
             if isinstance(prompt, PrefixKV):
                 compiled[name, None] = Compiled.of(prompt)
                 continue
-            wanted = [row for row in distinct if row[0] == name]
+            wanted = [row for row in rows if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
             wants_logits = virtual_logits and prompt.method == "CPT"
             computed = self._compile(prompt, tasks, all_logits=wants_logits, next_logits=next_logits)
             compiled.update(zip(wanted, computed, strict=True))
-        versions = [self._bank.version(name) for name, _ in distinct]
-        return pack(distinct, versions, [compiled[row] for row in distinct], self.dtype)
+        return [compiled[row] for row in rows]
+
+    @contextmanager
+    def accumulate_gradients(self) -> Iterator[None]:
+        """Run each prompt once for all micro-batches of an optimizer step.
+
+        ``loss.backward()`` inside leaves the gradients of the prompts' keys and values summed but unfinished; at the
+        end of the block the prompts' own backward runs once and adds to their parameters' ``grad``, as if each
+        micro-batch had run it. Clip and step after the block. An exception in it drops its gradients.
+
+        Accelerate's ``accumulate``, transformers' Trainer, TRL's trainers and DistributedDataParallel's ``no_sync()``
+        are followed without this block: there the last micro-batch's ``backward()`` finishes the gradients of all.
+
+        Dropout in a prompt's own run (P_TUNING's LSTM, a base with dropout) then draws one mask a step.
+
+        Raises:
+            RuntimeError: a training call inside a DistributedDataParallel forward, whose gradients would not be
+                reduced; or ``backward()`` of a loss of this block after its end.
+        """
+        with self._accumulation.window():
+            yield
 
     # ---- forward -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL replaces `forward` by one that, asked for a fused head, runs the base without its prompt; the same
+        # question under another name passes through to the forward below.
+        if kwargs.pop("fused_lm_head", False):
+            kwargs["return_token_scores"] = True
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -442,6 +503,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        return_token_scores: bool = False,
         input_type_mask: Tensor | None = None,
         prompt_index: Tensor | None = None,
         own_start: Tensor | None = None,
@@ -465,6 +527,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 packing); ``prompt`` and ``task_ids`` may then name one per segment.
             input_type_mask: int ``[B, S]``, CPT's token types of own tokens (default: all labels count).
             num_items_in_batch: divisor of the summed loss instead of the number of labels (gradient accumulation).
+            return_token_scores: return a :class:`~softprompt_fast.integrations.trainer.TokenScores` of the labelled
+                tokens instead (TRL's ``fused_lm_head``; not for CPT, whose loss has other terms).
             prompt_index, own_start: int32 ``[B]``, set by :meth:`generate` so that a decode step computes neither.
 
         Returns:
@@ -490,6 +554,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 return_logits=return_logits,
+                return_token_scores=return_token_scores,
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
@@ -509,8 +574,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             if labels.device.type == "cpu" and not compiling:
                 check_labels(labels, vocab_size(self.base))
             skip_logits = self.training if return_logits is None else not return_logits
+            skip_logits = skip_logits or return_token_scores
             cpt = self._wants_cpt(prompt, task_ids, batch)
             predicted = not skip_logits or compiling or bool((split_labels(labels, own_start)[1] != IGNORE).any())
+        if return_token_scores and (labels is None or cpt):
+            raise ValueError(f"return_token_scores: {'CPT has a loss of its own' if cpt else 'needs labels'}")
         packed, index = self._select(
             prompt,
             task_ids,
@@ -547,9 +615,13 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
             self._predict_empty_rows(out, packed, index, own_start, own_end, length)
         if terms is not None:
-            if head is not None:
-                hidden = out.last_hidden_state.flatten(0, 1)[terms.positions]
-                own = head.sum(hidden, terms.labels, terms.weights)
+            states = out if isinstance(out, LabelledStates) else None
+            if states is None and head is not None:
+                states = LabelledStates(out.last_hidden_state.flatten(0, 1)[terms.positions], head)
+            if return_token_scores:
+                return self._token_scores(out, states, logits_to_keep, terms, length, packed)
+            if states is not None:
+                own = states.head.sum(states.hidden, terms.labels, terms.weights)
             else:
                 own = _sum_of_logits(out.logits, logits_to_keep, terms, length)
             loss = terms.loss(
@@ -558,7 +630,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 () if packed is None else packed.virtual_logits,
                 None if cpt else num_items_in_batch,
             )
-            if head is not None:
+            if isinstance(out, LabelledStates):
+                out = CausalLMOutputWithPast(loss=loss)
+            elif head is not None:
                 fields = {k: out.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
                 out = CausalLMOutputWithPast(loss=loss, **fields)
             else:
@@ -810,6 +884,26 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             types = None if input_type_mask is None else input_type_mask[rows]
             groups.append((rows, *prompt.cpt_targets(labels[rows], types)))
         return cpt_terms(labels, own_start, groups)
+
+    def _token_scores(
+        self,
+        out: Any,
+        states: LabelledStates | None,
+        columns: int | Tensor,
+        terms: Terms,
+        length: int,
+        packed: Packed | None,
+    ) -> trainer.TokenScores:
+        """Scores of the labels that own tokens predict, then of those that the prefixes do."""
+        if states is not None:
+            groups = [(states.hidden, terms.labels, states.head.logits)]
+        else:
+            groups = [(out.logits[_places(columns, terms, length)], terms.labels, None)]
+        for place, of_prefix in enumerate(terms.prefixes):
+            predicted = None if packed is None else packed.next_logits[place]
+            if predicted is not None and len(of_prefix.labels):
+                groups.append((predicted.expand(len(of_prefix.labels), -1), of_prefix.labels, None))
+        return trainer.token_scores(groups)
 
     def _forward_segments(
         self,
@@ -1113,15 +1207,19 @@ def _segments(
 
 def _sum_of_logits(logits: Tensor, columns: int | Tensor, terms: Terms, length: int) -> Tensor:
     """The summed cross-entropies at own tokens from logits ``[B, C, V]`` of all columns (an int) or of those given."""
-    row, column = terms.positions // max(length, 1), terms.positions % max(length, 1)
-    if isinstance(columns, Tensor):
-        column = torch.searchsorted(columns, column)
+    row, column = _places(columns, terms, length)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weighted_sum(logits[row, column], terms.labels, terms.weights)
     places = row * logits.shape[1] + column
     return summed_cross_entropy(
         logits.flatten(0, 1).__getitem__, places, terms.labels, terms.weights, vocab_size=logits.shape[-1]
     )
+
+
+def _places(columns: int | Tensor, terms: Terms, length: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the terms' positions in logits of all columns (an int) or of those given."""
+    row, column = terms.positions // max(length, 1), terms.positions % max(length, 1)
+    return row, torch.searchsorted(columns, column) if isinstance(columns, Tensor) else column
 
 
 def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:

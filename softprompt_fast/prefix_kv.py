@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory
 from softprompt_fast.backends import quantized
@@ -495,6 +496,8 @@ def model_fingerprint(model: Any) -> str:
                 raise ValueError(f"base_model: weight {name} is on the meta device, load the weights first")
             weights.update(f"{name}{list(weight.shape)}".encode())
             stride = max(1, -(-weight.numel() // _SAMPLES_PER_WEIGHT))
+            if isinstance(weight, DTensor):  # sharded: every process has to ask
+                weight = weight.full_tensor()
             sample = weight.reshape(-1)[::stride]
             # Quantised weights are integers already; their bytes are their values.
             sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample.contiguous()

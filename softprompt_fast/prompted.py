@@ -32,6 +32,10 @@ class PromptedModel(nn.Module):
 
     Attributes:
         active_prompt: the prompt of calls that name none.
+
+    ``state_dict()`` holds what training changes, and so what a checkpoint needs: the soft prompts, and those of the
+    base's parameters that require grad. ``load_state_dict`` is strict about exactly these; a frozen weight of the base
+    is loaded where it is given and not missed where it isn't. The base's own ``state_dict()`` is as ever.
     """
 
     def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
@@ -45,6 +49,8 @@ class PromptedModel(nn.Module):
         self.training = base.training
         if freeze_base:
             base.requires_grad_(False)
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
 
     def get_prompt(self, name: str) -> SoftPrompt | PrefixKV:
         """The prompt called `name`; KeyError with the known names if there is none."""
@@ -176,3 +182,25 @@ class PromptedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"prompts={self.prompt_names}, active={self.active_prompt!r}"
+
+
+def _left_out(model: PromptedModel) -> list[str]:
+    """The base's entries of a state dict that training doesn't change, and further names of a tied weight (a
+    safetensors file holds each once; loading one loads all)."""
+    left_out, seen = [], set()
+    for name, tensor in model.base.state_dict(keep_vars=True).items():
+        if not tensor.requires_grad or id(tensor) in seen:
+            left_out.append(f"base.{name}")
+        seen.add(id(tensor))
+    return left_out
+
+
+def _leave_out_frozen(model: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in _left_out(model):
+        state_dict.pop(prefix + name, None)
+
+
+def _miss_no_frozen(model: Any, found: Any) -> None:
+    # Names come as the outermost module sees them: behind "module.", "_orig_mod.", ...
+    left_out = set(_left_out(model))
+    found.missing_keys[:] = [name for name in found.missing_keys if name[max(name.find("base."), 0) :] not in left_out]

@@ -33,6 +33,7 @@ LAYERS = (
     ("model", "encoder"),
     ("prompted",),
     ("integrations",),
+    ("accumulation",),
     ("bank", "cache", "expanded", "explanation", "losses", "packing", "prefix_kv", "prompt", "row_layout", "rows"),
     ("nn", "testing"),
     ("ops",),

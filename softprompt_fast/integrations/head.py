@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +78,15 @@ class Head:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._behind_decoder.parameters()):
             return weighted_sum(self.logits(hidden), labels, weights)  # chunks have no gradient of the weights
         return summed_cross_entropy(self.logits, hidden, labels, weights, vocab_size=vocab_size(self._base))
+
+
+@dataclass(frozen=True)
+class LabelledStates:
+    """Hidden states ``[n, H]`` of the own tokens that predict a label, and the head that they are for: one that has
+    this :class:`Head`'s ``logits`` and ``sum``."""
+
+    hidden: Tensor
+    head: Any
 
 
 class LazyHead:

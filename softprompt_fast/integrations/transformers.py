@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,7 +62,6 @@ class PrefixContext:
     scales: Scales | None = None
 
 
-@dataclass
 class CaptureContext:
     """Records each layer's own keys and values ``[B, Hkv, S, D]`` as attention sees them (after RoPE).
 
@@ -73,13 +73,43 @@ class CaptureContext:
             behind its keys and values is then not computed. None: the pass runs to its end.
     """
 
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    stop_after: int | None = None
+    # No dataclass: FSDP hands its layers copies of dataclass arguments, and a copy would keep what it records.
+    def __init__(self) -> None:
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.stop_after: int | None = None
 
 
 class CapturedAll(Exception):
     """All layers that a :class:`CaptureContext` waits for are recorded."""
+
+
+class _BehindAllLayers(torch.autograd.Function):
+    """Identity over captured keys and values and what the last layer leads to."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+def behind_all_layers(base: PreTrainedModel, context: CaptureContext, logits: torch.Tensor) -> torch.Tensor:
+    """`logits` (and the captured keys and values), such that a backward pass enters every layer at its end.
+
+    FSDP gathers a layer's weights when a gradient reaches the layer's output. That of the last layer's keys and values
+    does not come that way where nobody asks for logits; a gradient of zeros from `logits` does.
+    """
+    if not any(isinstance(module, FSDPModule) for module in base.modules()):
+        return logits
+    layers = list(context.keys)
+    pairs = [*(context.keys[i] for i in layers), *(context.values[i] for i in layers)]
+    logits, *pairs = _BehindAllLayers.apply(logits, *pairs)
+    context.keys = dict(zip(layers, pairs, strict=False))
+    context.values = dict(zip(layers, pairs[len(layers) :], strict=True))
+    return logits
 
 
 def soft_prompt_attention(
@@ -132,7 +162,10 @@ def _shared_prefix(
     if context.options is not None:
         asked = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         context.options[module.layer_idx] = asked
+    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     prefix_key, prefix_value = _layer_prefix(module, key, value, context)
+    if context.scales is None:
+        prefix_key, prefix_value = _autocast(prefix_key), _autocast(prefix_value)
     if dropout > 0.0 or position_bias is not None or kwargs.get("output_attentions"):
         # The op has no dropout and returns no weights: expand the prefix and let the original do it.
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
@@ -163,6 +196,12 @@ def _shared_prefix(
         **scales,
     )
     return out.transpose(1, 2), None
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast does to the arguments of PyTorch's own attention: rotated keys are float32 there, values are not."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _layer_prefix(
