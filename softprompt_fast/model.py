@@ -28,6 +28,7 @@ from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
+from softprompt_fast.integrations.fused_training import FusedHead
 from softprompt_fast.losses import IGNORE, causal_lm_loss, cpt_terms, labelled_columns, split_labels, visible_labels
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
@@ -41,6 +42,14 @@ _CACHE_IS_DROPPED = (
     "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
     "gradient_checkpointing_disable() on the base"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FusedHidden:
+    """Hidden states ``[n, H]`` at labelled positions, and the head that they are for."""
+
+    hidden: Tensor
+    head: FusedHead
 
 
 class SoftPromptModel(PromptedModel, GenerationMixin):
@@ -236,6 +245,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self._why_expanded is not None:
             return expanded.run_prompt(self.base, embeds, keep)
         context = hooks.PrefixContext(None, None, backend=self.backend)
+        if (passes := self._fused.training(embeds, context)) is not None:
+            keys, values, hidden = passes.prompt(embeds, None if all_logits else 1)
+            return keys, values, passes.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if (fused := self._fused.serving(embeds, context, None)) is not None:
             cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
@@ -414,7 +426,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             labels = visible_labels(labels, own_start, own_end)
             skip_logits = self.training if return_logits is None else not return_logits
             if skip_logits:
-                logits_to_keep = labelled_columns(split_labels(labels, own_start)[0])
+                shifted = split_labels(labels, own_start)[0]
+                logits_to_keep = labelled_columns(shifted)
+                if not cpt and self._why_expanded is None and not use_cache:
+                    kwargs["labelled"] = (shifted.flatten() != IGNORE).nonzero()[:, 0]
         if self._why_expanded is not None:
             self._check_rows_fit(batch, int(past) + length, attention_mask, packed, index)
         run = self._forward_shared if self._why_expanded is None else self._forward_expanded
@@ -433,6 +448,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
             self._predict_empty_rows(out, packed, index, own_start, own_end, length)
         if labels is not None:
+            if isinstance(out, _FusedHidden):
+                total = out.head.sum(out.hidden, shifted.flatten()[kwargs["labelled"]])
+                loss = self._fused_loss(total, labels, own_start, packed, index, num_items_in_batch)
+                return CausalLMOutputWithPast(loss=loss) if return_dict is not False else (loss,)
             scored = (out.logits, logits_to_keep, labels, own_start)
             if cpt and packed is not None:
                 loss = self._cpt_loss(*scored, packed, index, input_type_mask)
@@ -441,6 +460,26 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
             out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
         return out.to_tuple() if return_dict is False else out
+
+    def _fused_loss(
+        self,
+        total: Tensor,
+        labels: Tensor,
+        own_start: Tensor | None,
+        packed: Packed | None,
+        index: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """The mean of `total`, summed over own tokens that predict, and of what the prefixes predict."""
+        nothing = total.new_empty(labels.shape[0], 0, self.config.get_text_config(decoder=True).vocab_size)
+        first = self._loss(nothing, torch.arange(0), labels, own_start, packed, index, 1)
+        count = (split_labels(labels, own_start)[0] != IGNORE).sum()
+        if packed is not None and any(logits is not None for logits in packed.next_logits):
+            first_labels = split_labels(labels, own_start)[1]
+            has = [logits is not None for logits in packed.next_logits] + [False]
+            places = torch.zeros(len(first_labels), dtype=torch.long) if index is None else index.long()
+            count = count + ((first_labels != IGNORE) & torch.tensor(has)[places]).sum()
+        return (total + first) / (count.clamp(min=1) if num_items is None else num_items)
 
     def _check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, *, decoding: bool = False
@@ -497,6 +536,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | Tensor,
+        labelled: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         given = input_ids if input_ids is not None else inputs_embeds
@@ -538,6 +578,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         )
         positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
         positions = positions.to(device)
+        if labelled is not None and cache is None:
+            passes = self._fused.training(inputs_embeds, context, kwargs)
+            if passes is not None:
+                hidden = passes.embed(input_ids) if inputs_embeds is None else inputs_embeds
+                return _FusedHidden(passes.own(hidden, positions, context, labelled), passes.head)
         fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
         if fused is not None:
             hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
