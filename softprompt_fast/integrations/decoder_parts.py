@@ -159,14 +159,16 @@ class BaseState:
         steps = optimizer_steps() if any(p.requires_grad for p in self.parameters) else 0
         return steps, [p.data_ptr() for p in self.parameters], [p._version for p in self._counted]
 
-    def _is_hooked(self) -> bool:
+    def _is_hooked(self, harmless: str | None) -> bool:
         # Once asked for hidden states, transformers leaves its hooks in place; they sleep until it is asked again.
-        tables = [table for table in self._hooks if table]
-        return any(getattr(hook, "__module__", "") != _SLEEPING for table in tables for hook in table.values())
+        found = [hook for table in self._hooks if table for hook in table.values()]
+        places = [(getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) for hook in found]
+        return any(module != _SLEEPING and f"{module}.{name}" != harmless for module, name in places)
 
-    def changed(self) -> str | None:
-        """What changed, in words; None if nothing did."""
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or self._is_hooked():
+    def changed(self, *, harmless: str | None = None) -> str | None:
+        """What changed, in words; None if nothing did. Hooks that are the function `harmless` (``module.name``) do not
+        count."""
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or self._is_hooked(harmless):
             return "a module of the base has forward hooks"
         if any("forward" in attributes for attributes in self._attributes):
             return "a module of the base has a forward of its own"

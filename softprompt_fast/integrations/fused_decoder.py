@@ -41,7 +41,7 @@ from softprompt_fast.integrations.decoder_parts import (
     differentiated,
     has_dropout,
 )
-from softprompt_fast.integrations.fused_training import FusedTraining
+from softprompt_fast.integrations.fused_training import CHECKPOINTING_HOOK, FusedTraining
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -438,7 +438,7 @@ class LazyDecoder:
             with self._lock:
                 known = self._training_plan
                 if known is None:
-                    if (why := BaseState(self._base).changed()) is not None:
+                    if (why := BaseState(self._base).changed(harmless=CHECKPOINTING_HOOK)) is not None:
                         return why
                     with without_checkpointing(self._base):
                         known = self._training_plan = plan_training(self._base)

@@ -12,25 +12,29 @@ nothing outside attention, and the last layer, beyond its keys and values, runs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from softprompt_fast.backends import heuristics
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.decoder_parts import BaseState, DecoderParts, LayerParts, checked_rows
 
+#: ``gradient_checkpointing_enable`` has it mark the token embeddings as requiring grad, so that reentrant checkpoints
+#: have a graph. No layer of the base runs here, and a gradient of frozen embeddings would go nowhere.
+CHECKPOINTING_HOOK = "transformers.modeling_utils.make_inputs_require_grads"
+
 
 class FusedTraining:
     """Differentiable passes over one base; ``fused_decoder.plan_training`` makes it.
 
-    Hidden states are those before the final norm, which belongs to :attr:`head`. All results are float32. A second
-    derivative is refused, as autograd refuses it of any ``once_differentiable`` function.
+    Hidden states are those before the final norm, which belongs to :attr:`head`. All results are float32. Second
+    derivatives (``create_graph=True``) are refused with a RuntimeError.
 
     Args:
         base: the base, float32 on the CPU.
@@ -47,15 +51,15 @@ class FusedTraining:
         self._stack = _Stack(parts)
         self.head = FusedHead(parts)
 
-    @property
-    def embed(self) -> nn.Module:
-        return self._parts.embed
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings, past any hook of the module."""
+        return self._parts.embed.forward(input_ids)
 
     def why_not_now(self) -> str | None:
         """Why the base no longer computes what was planned, or wants gradients of its own; None where it does not."""
         if any(p.requires_grad for p in self._state.parameters):
             return "weights of the base require grad"
-        return self._state.changed()
+        return self._state.changed(harmless=CHECKPOINTING_HOOK)
 
     def why_not_these(self, embeds: Tensor | None, prefix: Sequence[Tensor]) -> str | None:
         return self._parts.why_not_these(embeds, prefix)
@@ -359,6 +363,20 @@ class _Call:
     checkpointing: bool
 
 
+def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    # once_differentiable would return constants where the incoming gradient is one: a wrong second derivative.
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: the fused training passes have no second derivative; construct the model with "
+                "backend='torch' to differentiate the base's own modules"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _Layers(torch.autograd.Function):
     """All layers: hidden states where wanted, then (``returns_keys``) every layer's keys and every layer's values."""
 
@@ -381,7 +399,7 @@ class _Layers(torch.autograd.Function):
         return x, *keys, *values
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         depth, fields = call.stack.depth, len(_Kept._fields)
@@ -474,7 +492,7 @@ class _Logits(torch.autograd.Function):
         return head._project(hidden)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, ctx.head._backward(ctx.saved_tensors[0], grad.contiguous())
 
@@ -489,6 +507,6 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.saved_tensors[0] * grad, None, None, None
