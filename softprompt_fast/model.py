@@ -581,7 +581,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if labelled is not None and cache is None:
             passes = self._fused.training(inputs_embeds, context, kwargs)
             if passes is not None:
-                hidden = passes.embed(input_ids) if inputs_embeds is None else inputs_embeds
+                hidden = inputs_embeds if input_ids is None else passes.embed(input_ids)
+                assert hidden is not None
                 return _FusedHidden(passes.own(hidden, positions, context, labelled), passes.head)
         fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
         if fused is not None:
@@ -957,6 +958,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 path, note = "shared prefix, fused decoder", str(fused)
             elif fused is not None:
                 reason = "; ".join(filter(None, (reason, f"decoder not fused: {fused}")))
+            if backend == "cpu" and self.training:
+                training = self._fused.get_training(self.backend)
+                told = f"training not fused: {training}" if isinstance(training, str) else str(training)
+                note = "; ".join(filter(None, (note, told)))
         layers = tuple(LayerPath(i, path, backend, reason) for i in range(self._num_layers))
         return Explanation(type(self.base).__name__, layers, note)
 
