@@ -51,7 +51,9 @@ void for_panels(const Product& op, int64_t copies, int threads, Body&& body) {
   int64_t group = panels / (4 * threads);
   group = group > most ? most : group;
   if (group < 1) group = 1;
-  const int64_t groups = ceil_div(panels, group);
+  // As many for each thread: 18 panels by two would be 9 tasks, 5 of them one thread's.
+  int64_t groups = ceil_div(ceil_div(panels, group), threads) * threads;
+  if (groups > panels) groups = panels;
   int64_t parts = ceil_div(2 * threads, groups);
   const int64_t blocks = ceil_div(op.rows, 2 * kRowBlock);
   if (parts > blocks) parts = blocks;

@@ -7,7 +7,7 @@ its norms and activation compute); each pass has to prove besides that it comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +132,12 @@ def checked_rows(context: hooks.PrefixContext, batch: int, own: int, packed: int
     return tuple(None if index is None else index.contiguous() for index in rows)
 
 
-def differentiated(embeds: Tensor | None, prefix: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+def differentiated(embeds: Tensor | None, prefix: Sequence[Tensor], parameters: Iterable[Tensor] = ()) -> bool:
     """Whether a call now over these makes a graph."""
+    if not torch.is_grad_enabled():
+        return False
     given = prefix if embeds is None else [embeds, *prefix]
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *parameters))
+    return any(x.requires_grad for x in given) or any(x.requires_grad for x in parameters)
 
 
 class BaseState:

@@ -471,7 +471,7 @@ class LazyDecoder:
             return None
         prefix = [*(context.keys or ()), *(context.values or ())]
         # Asked before anything is planned: a plan packs a second copy of the weights.
-        differentiates = differentiated(embeds, prefix, tuple(self._base.parameters()))
+        differentiates = differentiated(embeds, prefix, self._base.parameters() if self._plan is None else ())
         found = "the call is differentiated" if differentiates else self.get(context.backend)
         why = found if isinstance(found, str) else _why_not_this_call(found, embeds, context, cache, options or {})
         if why is None and isinstance(found, FusedDecoder):
@@ -491,7 +491,7 @@ class LazyDecoder:
             options: further keyword arguments for the base.
         """
         prefix = [*(context.keys or ()), *(context.values or ())]
-        if _is_traced() or not differentiated(embeds, prefix, ()):
+        if _is_traced() or not differentiated(embeds, prefix):
             return None
         found, why = self.get_training(context.backend), None
         if asked := _asked_for(options or {}):
