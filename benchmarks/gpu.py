@@ -46,7 +46,8 @@ MORE_MODEL_FILES = [f"tests/test_{name}.py" for name in ("encoder_decoder", "fam
 #: Every other test file, and why it does not run on a GPU.
 CPU_FILES = {
     "the C++ kernels, their build and their checks": (
-        "bad_input", "quantized_prefix", "cpu_backend", "cpu_linear", "fused_decoder", "native", "simd",
+        "bad_input", "quantized_prefix", "cpu_backend", "cpu_linear", "cpu_training", "fused_decoder",
+        "fused_training", "native", "simd",
     ),
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",

@@ -77,4 +77,5 @@ PYBIND11_MODULE(_C, m) {
   softprompt_fast::bind_merge_states(m);
   softprompt_fast::bind_prefix_attention(m);
   softprompt_fast::bind_prompt_concat(m);
+  softprompt_fast::bind_training(m);
 }

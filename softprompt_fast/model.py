@@ -300,6 +300,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self._why_expanded is not None:
             return expanded.run_prompt(self.base, embeds, keep)
         context = hooks.PrefixContext(None, None, backend=self.backend)
+        if (passes := self._fused.training(embeds, context)) is not None:
+            keys, values, hidden = passes.prompt(embeds, None if all_logits else int(next_logits))
+            if hidden.shape[1] == 0:
+                return keys, values, None
+            return keys, values, passes.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if (fused := self._fused.serving(embeds, context, None)) is not None:
             cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
@@ -593,6 +598,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             own_start, own_end = self._padding(attention_mask, batch, past, length)
         terms = None if labels is None else self._terms(labels, own_start, packed, index, cpt, input_type_mask)
         head = self._head.serving() if skip_logits and self._runs_in_parts(kwargs) else None
+        if terms is not None and skip_logits and self._why_expanded is None and not use_cache:
+            kwargs["labelled"] = terms.positions
         if head is not None:
             kwargs["decoder"] = head.decoder
         elif terms is not None and skip_logits:
@@ -698,6 +705,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         use_cache: bool,
         logits_to_keep: int | Tensor,
         decoder: nn.Module | None = None,
+        labelled: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """One pass of the base behind its prefixes, or of its `decoder` alone, which gives no logits."""
@@ -740,6 +748,12 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         )
         positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
         positions = positions.to(device)
+        if labelled is not None and cache is None:
+            passes = self._fused.training(inputs_embeds, context, kwargs)
+            if passes is not None:
+                hidden = inputs_embeds if input_ids is None else passes.embed(input_ids)
+                assert hidden is not None
+                return LabelledStates(passes.own(hidden, positions, context, labelled), passes.head)
         fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
         if fused is not None and decoder is None:
             hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -1149,6 +1163,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 path, note = "shared prefix, fused decoder", str(fused)
             elif fused is not None:
                 reason = "; ".join(filter(None, (reason, f"decoder not fused: {fused}")))
+            if backend == "cpu" and self.training:
+                training = self._fused.get_training(self.backend)
+                told = f"training not fused: {training}" if isinstance(training, str) else str(training)
+                note = "; ".join(filter(None, (note, told)))
         if isinstance(why := self._head.get(), str):
             note = "; ".join(filter(None, (note, f"loss in one piece: {why}")))
         layers = tuple(LayerPath(i, path, backend, reason) for i in range(self._num_layers))

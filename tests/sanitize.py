@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 # torch.compile and opcheck run other code than kernels, for most of the time.
 DEFAULT = ["-m", "not slow", "-k", "cpu and not compile and not opcheck", "tests/ops"]
-DEFAULT += ["tests/test_cpu_backend.py", "tests/test_cpu_linear.py"]
+DEFAULT += [f"tests/test_cpu_{name}.py" for name in ("backend", "linear", "training")]
 
 # Every pointer one element late: the last read is behind the memory. A run that survives this proves nothing.
 PLANTED = """

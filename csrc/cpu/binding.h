@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "kernels.h"
+#include "linear.h"
 #include "prefix_attention.h"
 
 namespace softprompt_fast {
@@ -100,10 +101,29 @@ void read_sizes(const pybind11::tuple& given, int64_t* const (&sizes)[N]) {
   }
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// (kind, weight pointer, bias pointer, offset, eps) or None.
+inline Norm as_norm(pybind11::handle given) {
+  Norm norm;
+  if (given.is_none()) return norm;
+  const auto tuple = pybind11::reinterpret_borrow<pybind11::tuple>(given);
+  SOFTPROMPT_FAST_CHECK(tuple.size() == 5, "norm: expected (kind, weight, bias, offset, eps)");
+  const int kind = tuple[0].cast<int>();
+  SOFTPROMPT_FAST_CHECK(kind >= 0 && kind <= 2, "norm: expected a kind 0..2, found ", kind);
+  norm.kind = static_cast<NormKind>(kind);
+  norm.weight = reinterpret_cast<const float*>(tuple[1].cast<int64_t>());
+  norm.bias = reinterpret_cast<const float*>(tuple[2].cast<int64_t>());
+  norm.offset = tuple[3].cast<float>();
+  norm.eps = tuple[4].cast<float>();
+  return norm;
+}
+
 // One function per op, in <op>_binding.cpp.
 void bind_prefix_attention(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_merge_states(pybind11::module_& module);
 void bind_prompt_concat(pybind11::module_& module);
+void bind_training(pybind11::module_& module);
 
 }  // namespace softprompt_fast

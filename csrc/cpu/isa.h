@@ -7,6 +7,7 @@
 #include "prefix_attention_backward_kernel.h"
 #include "prefix_attention_kernel.h"
 #include "prompt_concat_kernel.h"
+#include "training_kernel.h"
 
 namespace softprompt_fast {
 namespace SOFTPROMPT_FAST_ISA {
@@ -27,6 +28,12 @@ const Kernels kKernels = {
     linear,
     gated_linear,
     qkv_linear,
+    product,
+    gated_product,
+    gated_product_backward,
+    norm_rows_backward,
+    rotate_rows,
+    cross_entropy_rows,
 };
 
 }  // namespace SOFTPROMPT_FAST_ISA

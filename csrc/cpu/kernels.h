@@ -34,6 +34,12 @@ struct GatedLinear;  // linear.h
 struct Linear;
 struct NormRows;
 struct QkvLinear;
+struct Product;  // training.h
+struct GatedProduct;
+struct GatedProductBackward;
+struct NormRowsBackward;
+struct RotateRows;
+struct CrossEntropyRows;
 
 struct Kernels {
   const char* isa;
@@ -58,6 +64,15 @@ struct Kernels {
   void (*gated_linear)(const GatedLinear& op, int64_t first, int64_t last, int64_t row,
                        int64_t rows, float* scratch);
   void (*qkv_linear)(const QkvLinear& op, int64_t head, int64_t row, int64_t rows, float* scratch);
+  void (*product)(const Product& op, int64_t first, int64_t last, int64_t row, int64_t rows,
+                  float* scratch);
+  void (*gated_product)(const GatedProduct& op, int64_t first, int64_t last, int64_t row,
+                        int64_t rows, float* scratch);
+  void (*gated_product_backward)(const GatedProductBackward& op, int64_t first, int64_t last,
+                                 int64_t row, int64_t rows, float* scratch);
+  void (*norm_rows_backward)(const NormRowsBackward& op, int64_t first, int64_t last);
+  void (*rotate_rows)(const RotateRows& op, int64_t first, int64_t last);
+  void (*cross_entropy_rows)(const CrossEntropyRows& op, int64_t first, int64_t last);
 };
 
 // Those compiled into this binary; null where the processor's family has no such instruction set.

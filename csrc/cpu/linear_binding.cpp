@@ -22,8 +22,6 @@ namespace {
 
 namespace py = pybind11;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -94,22 +92,6 @@ class PackedLinear {
   DType dtype_;
   int64_t in_features_, panel_bytes_, bytes_;
 };
-
-// (kind, weight pointer, bias pointer, offset, eps) or None.
-Norm as_norm(py::handle given) {
-  Norm norm;
-  if (given.is_none()) return norm;
-  const auto tuple = py::reinterpret_borrow<py::tuple>(given);
-  SOFTPROMPT_FAST_CHECK(tuple.size() == 5, "norm: expected (kind, weight, bias, offset, eps)");
-  const int kind = tuple[0].cast<int>();
-  SOFTPROMPT_FAST_CHECK(kind >= 0 && kind <= 2, "norm: expected a kind 0..2, found ", kind);
-  norm.kind = static_cast<NormKind>(kind);
-  norm.weight = reinterpret_cast<const float*>(tuple[1].cast<int64_t>());
-  norm.bias = reinterpret_cast<const float*>(tuple[2].cast<int64_t>());
-  norm.offset = tuple[3].cast<float>();
-  norm.eps = tuple[4].cast<float>();
-  return norm;
-}
 
 // Scratch of one call: normed rows, one intermediate, and a part for each thread.
 struct Memory {
@@ -299,6 +281,14 @@ void bind_linear(py::module_& module) {
       .def_property_readonly("nbytes", &PackedLinear::bytes)
       .def_property_readonly("in_features", &PackedLinear::in_features)
       .def_property_readonly("out_features", &PackedLinear::out_features);
+  module.def("norm_rows", [](py::handle x, int64_t rows, int64_t columns, py::handle norm,
+                             int64_t out, int threads) {
+    const Tensor from = as_tensor("x", x, 2);
+    const Norm before = as_norm(norm);
+    py::gil_scoped_release release;
+    const Memory memory(0, 0, columns + kPanel, threads);
+    norm_into(from, rows, columns, before, reinterpret_cast<float*>(out), memory, threads);
+  });
   module.def("linear", &linear);
   module.def("gated_mlp", &gated_mlp);
   module.def("qkv", &qkv);

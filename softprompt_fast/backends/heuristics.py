@@ -116,3 +116,17 @@ def prefix_splits(blocks: int, rows: int, processors: int) -> int:
     """
     most = max(1, min(rows, 2 * processors // max(blocks, 1)))
     return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // processors) / splits)
+
+
+def head_rows(rows: int, vocabulary: int) -> int:
+    """How many rows of logits the fused head holds at a time: 64 MB of them in float32, in chunks of one size.
+
+    Each chunk reads all of the head's weights twice, so few rows waste that: never fewer than 64, where there are so
+    many.
+
+    Example: 496 rows of 49152 logits: at most 341, so two chunks of 248. 1000 rows of 262144: chunks of 63, of at most
+    64.
+    """
+    most = max(64, (1 << 24) // max(1, vocabulary))
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
