@@ -550,20 +550,14 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             if head is not None:
                 hidden = out.last_hidden_state.flatten(0, 1)[terms.positions]
                 own = head.sum(hidden, terms.labels, terms.weights)
+                fields = {name: out.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+                out = CausalLMOutputWithPast(**fields)
             else:
                 own = _sum_of_logits(out.logits, logits_to_keep, terms, length)
-            loss = terms.loss(
-                own,
-                () if packed is None else packed.next_logits,
-                () if packed is None else packed.virtual_logits,
-                None if cpt else num_items_in_batch,
-            )
-            if head is not None:
-                fields = {k: out.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
-                out = CausalLMOutputWithPast(loss=loss, **fields)
-            else:
-                fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
-                out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
+            predictions = ((), ()) if packed is None else (packed.next_logits, packed.virtual_logits)
+            loss = terms.loss(own, *predictions, None if cpt else num_items_in_batch)
+            fields = {name: value for name, value in out.items() if name not in ("loss", "logits")}
+            out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
         return out.to_tuple() if return_dict is False else out
 
     def _check_inputs(
