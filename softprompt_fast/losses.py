@@ -103,6 +103,24 @@ class Terms:
     prefixes: tuple[PrefixTerms, ...]
     count: int
 
+    def places(self, columns: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of `positions` in logits ``[B, C, V]``; the arguments are those of :meth:`sum_of`."""
+        row, column = self.positions // max(length, 1), self.positions % max(length, 1)
+        return row, torch.searchsorted(columns, column) if isinstance(columns, Tensor) else column
+
+    def sum_of(self, logits: Tensor, columns: int | Tensor, length: int) -> Tensor:
+        """The summed cross-entropies at own tokens, from logits that were made in one piece.
+
+        Args:
+            logits: ``[B, C, V]`` of all S columns (`columns` is an int) or of the ascending int64 `columns` ``[C]``.
+            length: S.
+        """
+        row, column = self.places(columns, length)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return weighted_sum(logits[row, column], self.labels, self.weights)
+        places, rows = row * logits.shape[1] + column, logits.flatten(0, 1)
+        return summed_cross_entropy(rows.__getitem__, places, self.labels, self.weights, vocab_size=logits.shape[-1])
+
     def loss(
         self,
         own: Tensor,

@@ -37,11 +37,9 @@ from softprompt_fast.losses import (
     causal_lm_terms,
     cpt_terms,
     split_labels,
-    summed_cross_entropy,
     visible_labels,
-    weighted_sum,
 )
-from softprompt_fast.packing import SEGMENT_ARGUMENTS, Segments
+from softprompt_fast.packing import SEGMENT_ARGUMENTS, Segments, find_segments
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.prompted import PromptedModel
@@ -547,7 +545,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if unknown := kwargs.keys() - self._base_arguments - SEGMENT_ARGUMENTS:
             raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
         batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
-        if (segments := _segments(kwargs, attention_mask, past_key_values, (batch, length))) is not None:
+        if (segments := find_segments(kwargs, attention_mask, past_key_values, (batch, length))) is not None:
             out = self._forward_segments(
                 segments,
                 input_ids=input_ids,
@@ -629,22 +627,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 return self._token_scores(out, states, logits_to_keep, terms, length, packed)
             if states is not None:
                 own = states.head.sum(states.hidden, terms.labels, terms.weights)
+                kept = {} if isinstance(out, LabelledStates) else out
+                fields = {name: kept.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+                out = CausalLMOutputWithPast(**fields)
             else:
-                own = _sum_of_logits(out.logits, logits_to_keep, terms, length)
-            loss = terms.loss(
-                own,
-                () if packed is None else packed.next_logits,
-                () if packed is None else packed.virtual_logits,
-                None if cpt else num_items_in_batch,
-            )
-            if isinstance(out, LabelledStates):
-                out = CausalLMOutputWithPast(loss=loss)
-            elif head is not None:
-                fields = {k: out.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
-                out = CausalLMOutputWithPast(loss=loss, **fields)
-            else:
-                fields = {k: v for k, v in out.items() if k not in ("loss", "logits")}
-                out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
+                own = terms.sum_of(out.logits, logits_to_keep, length)
+            predictions = ((), ()) if packed is None else (packed.next_logits, packed.virtual_logits)
+            loss = terms.loss(own, *predictions, None if cpt else num_items_in_batch)
+            fields = {name: value for name, value in out.items() if name not in ("loss", "logits")}
+            out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
         return out.to_tuple() if return_dict is False else out
 
     def _check_inputs(
@@ -912,7 +903,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if states is not None:
             groups = [(states.hidden, terms.labels, states.head.logits)]
         else:
-            groups = [(out.logits[_places(columns, terms, length)], terms.labels, None)]
+            groups = [(out.logits[terms.places(columns, length)], terms.labels, None)]
         for place, of_prefix in enumerate(terms.prefixes):
             predicted = None if packed is None else packed.next_logits[place]
             if predicted is not None and len(of_prefix.labels):
@@ -1203,41 +1194,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         self._fused.forget()
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
-
-
-def _segments(
-    options: dict[str, Any], attention_mask: Tensor | None, cache: Cache | None, shape: tuple[int, int]
-) -> Segments | None:
-    """The segments that the positions among `options` show; takes those and what collators say besides out of it."""
-    told = [name for name in SEGMENT_ARGUMENTS if options.pop(name, None) is not None]
-    positions = options.get("position_ids")
-    if positions is None:
-        if told:
-            raise ValueError(f"position_ids: packed rows ({', '.join(sorted(told))}) need positions that restart at 0")
-        return None
-    if cache is not None or (attention_mask is not None and attention_mask.shape != shape):
-        return None
-    segments = Segments.find(positions, attention_mask, shape)
-    if segments is not None:
-        del options["position_ids"]
-    return segments
-
-
-def _sum_of_logits(logits: Tensor, columns: int | Tensor, terms: Terms, length: int) -> Tensor:
-    """The summed cross-entropies at own tokens from logits ``[B, C, V]`` of all columns (an int) or of those given."""
-    row, column = _places(columns, terms, length)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return weighted_sum(logits[row, column], terms.labels, terms.weights)
-    places = row * logits.shape[1] + column
-    return summed_cross_entropy(
-        logits.flatten(0, 1).__getitem__, places, terms.labels, terms.weights, vocab_size=logits.shape[-1]
-    )
-
-
-def _places(columns: int | Tensor, terms: Terms, length: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the terms' positions in logits of all columns (an int) or of those given."""
-    row, column = terms.positions // max(length, 1), terms.positions % max(length, 1)
-    return row, torch.searchsorted(columns, column) if isinstance(columns, Tensor) else column
 
 
 def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:

@@ -116,3 +116,29 @@ class Segments:
         if len(values) == len(self.lengths):
             return values
         return values[self.rows] if isinstance(values, Tensor) else [values[row] for row in self.rows.tolist()]
+
+
+def find_segments(
+    options: dict[str, Any], attention_mask: Tensor | None, cache: Any, shape: tuple[int, int]
+) -> Segments | None:
+    """The segments of a call's packed rows, None where it has none: of ``[B, S]`` own tokens without a `cache`.
+
+    Args:
+        options: the call's further arguments; the positions of packed rows, and what collators say besides
+            (:data:`SEGMENT_ARGUMENTS`), are taken out of it.
+
+    Raises:
+        ValueError: a collator speaks of segments and gives no positions, or positions that don't count up by one.
+    """
+    told = [name for name in SEGMENT_ARGUMENTS if options.pop(name, None) is not None]
+    positions = options.get("position_ids")
+    if positions is None:
+        if told:
+            raise ValueError(f"position_ids: packed rows ({', '.join(sorted(told))}) need positions that restart at 0")
+        return None
+    if cache is not None or (attention_mask is not None and attention_mask.shape != shape):
+        return None
+    segments = Segments.find(positions, attention_mask, shape)
+    if segments is not None:
+        del options["position_ids"]
+    return segments

@@ -101,6 +101,44 @@ def test_chunks_of_labelled_positions(family: str, monkeypatch: pytest.MonkeyPat
     check(out.loss, mean(terms), prompt.embedding.weight)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("P_TUNING", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12}),
+        ("PREFIX_TUNING", {"prefix_projection": True, "encoder_hidden_size": 12}),
+        ("CARTRIDGE", {"num_frozen_tokens": 2}),
+    ],
+)
+def test_reparameterised_prompts(method: str, options: dict[str, Any], oracle: Oracle) -> None:
+    model, prompt = trainable_model(method, **options)
+    ids, mask = pad_rows(ROWS, "right")
+    loss = model(ids, attention_mask=mask, labels=ids).loss
+    terms = [term for row in ROWS for term in row_terms(oracle, prompt, row)]
+    check(loss, mean(terms), *(p for p in prompt.parameters() if p.requires_grad))
+
+
+def test_a_bfloat16_base_errs_no_more_than_transformers_does() -> None:
+    """The prompt is float32, as PEFT keeps it, and so is the loss."""
+    model, prompt = trainable_model()
+    ids, mask = pad_rows(ROWS, "left")
+    weight = prompt.embedding.weight
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        return loss, torch.autograd.grad(loss, weight)[0]
+
+    loss, gradient = step()
+    model.to(torch.bfloat16)
+    rounded, of_rounded = step()
+    oracle = Oracle()
+    oracle.base.to(torch.bfloat16)
+    expected = mean([term.float() for row in ROWS for term in row_terms(oracle, prompt, row)])
+    noise = relative_error(torch.autograd.grad(expected, weight)[0], gradient)
+    assert rounded.dtype == torch.float32 and weight.dtype == torch.float32
+    assert rounded.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert 1e-3 < relative_error(of_rounded, gradient) <= 1.5 * noise
+
+
 def head_calls(model: SoftPromptModel, call: Callable[[], Any]) -> list[tuple[int, ...]]:
     """The shapes of what the base's output projection is given during `call`."""
     shapes: list[tuple[int, ...]] = []

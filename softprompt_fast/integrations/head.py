@@ -109,6 +109,8 @@ class LazyHead:
         base = self._base
         if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
             return "the base has hooks, or a forward of its own, that it has to run with as a whole"
+        if base.device.type == "meta":
+            return "the base holds no weights yet"
         if self._tried is None:
             with self._lock:
                 if self._tried is None:
@@ -133,8 +135,6 @@ def vocab_size(base: PreTrainedModel) -> int:
 
 
 def _try(base: PreTrainedModel) -> Head | str:
-    if base.device.type == "meta":
-        return "the base holds no weights yet"
     parts = (base.base_model, base.get_decoder(), getattr(base, "model", None))
     decoder = next((name for name, child in base.named_children() if any(child is part for part in parts)), None)
     if decoder is None:
