@@ -257,7 +257,7 @@ def test_loss_in_chunks(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = hidden.detach().double().requires_grad_()
     double = copy.deepcopy(base).double()
     logits = double.lm_head(double.model.norm(exact))
-    for given in (None, weights):
+    for given in (None, weights, weights.double().repeat_interleave(2)[::2]):
         losses = F.cross_entropy(logits, labels, reduction="none")
         oracle = (losses if given is None else losses * given).sum()
         (expected,) = torch.autograd.grad(oracle, exact, retain_graph=True)

@@ -450,7 +450,7 @@ class FusedHead:
         (as Liger-Kernel's fused linear cross-entropy; Hsu et al., 2024).
 
         Args:
-            hidden: float32 ``[n, H]``. labels: int64 ``[n]``, negative: not counted. weights: float32 ``[n]`` or
+            hidden: float32 ``[n, H]``. labels: int64 ``[n]``, negative: not counted. weights: floating ``[n]`` or
                 None for ones.
 
         Raises:
@@ -502,6 +502,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, head: FusedHead, hidden: Tensor, labels: Tensor, weights: Tensor | None, graph: bool
     ) -> Tensor:
+        weights = None if weights is None else weights.to(torch.float32).contiguous()
         total, grad = head._loss(hidden.contiguous(), labels.contiguous(), weights, graph)
         ctx.save_for_backward(grad)
         return total
