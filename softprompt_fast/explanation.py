@@ -12,8 +12,9 @@ from softprompt_fast.backends._registry import available_backends, requested
 
 @dataclass(frozen=True)
 class LayerPath:
-    """One layer: ``path`` is "shared prefix" (with ", fused decoder" where the whole layer runs in C++) or "expanded
-    prefix"; ``backend`` serves its op; ``reason`` says why a slower path was taken (empty where the best one was)."""
+    """One layer: ``path`` is "shared prefix" or "expanded prefix", with ", fused decoder" (of a model in training mode
+    ", fused training") where the whole layer runs in C++; ``backend`` serves its op; ``reason`` says why a slower path
+    was taken (empty where the best one was)."""
 
     layer: int
     path: str

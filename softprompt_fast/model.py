@@ -1149,15 +1149,14 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             path, backend, reason = "expanded prefix", "transformers", self._why_expanded
         else:
             backend, reason = serving_backend("prefix_attention", self.device.type, self.backend)
-            fused = self._fused.get(self.backend) if backend == "cpu" else None
-            if isinstance(fused, FusedDecoder):
-                path, note = "shared prefix, fused decoder", str(fused)
-            elif fused is not None:
-                reason = "; ".join(filter(None, (reason, f"decoder not fused: {fused}")))
-            if backend == "cpu" and self.training:
-                training = self._fused.get_training(self.backend)
-                told = f"training not fused: {training}" if isinstance(training, str) else str(training)
-                note = "; ".join(filter(None, (note, told)))
+            if backend == "cpu":
+                # What training calls take, or what all others do: planning that packs the weights.
+                get, kind = (self._fused.get_training, "training") if self.training else (self._fused.get, "decoder")
+                fused = get(self.backend)
+                if isinstance(fused, str):
+                    reason = "; ".join(filter(None, (reason, f"{kind} not fused: {fused}")))
+                else:
+                    path, note = f"shared prefix, fused {kind}", str(fused)
         if isinstance(why := self._head.get(), str):
             note = "; ".join(filter(None, (note, f"loss in one piece: {why}")))
         layers = tuple(LayerPath(i, path, backend, reason) for i in range(self._num_layers))

@@ -428,10 +428,10 @@ def test_a_training_step_is_fused_and_packs_nothing(passes: list[str]) -> None:
     model = trained()
     found = step(model)
     assert passes == ["prompt", "own"] and not isinstance(model._fused._plan, FusedDecoder)
-    assert "fused training passes" in model.explain().note
+    assert model.explain().layers[0].path == "shared prefix, fused training"
     plain = trained()
     plain._fused._training_plan = "switched off by a test"
-    assert "training not fused: switched off by a test" in plain.explain().note
+    assert "training not fused: switched off by a test" in plain.explain().layers[0].reason
     assert_close(list(found), list(step(plain)))
     assert passes == ["prompt", "own"]
 

@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel
 from softprompt_fast.backends import heuristics
 from softprompt_fast.errors import AdapterError
+from softprompt_fast.integrations.fused_decoder import PACK_VARIABLE
 from tests.device import cpu_only, randint, seeded
 
 IGNORE = -100
@@ -231,6 +232,7 @@ def test_a_base_that_cannot_be_taken_apart(monkeypatch: pytest.MonkeyPatch, orac
 def test_the_last_layer_runs_what_keys_and_values_need(
     family: str, why_not: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(PACK_VARIABLE, "0")  # fused passes run none of the base's modules
     model, prompt = trainable_model(family=family, length=6)  # no other pass here is as long
     base = model.base.base_model
     mlps = [layer.mlp for layer in (base.h if family == "gpt2" else base.layers)]
@@ -397,6 +399,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(method: str, family: st
 
 
 def test_layers_run_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PACK_VARIABLE, "0")
     model, _ = trainable_model()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     runs: list[int] = []
@@ -408,7 +411,8 @@ def test_layers_run_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) 
     assert len(runs) > before
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
+def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PACK_VARIABLE, "0")  # fused passes keep no graph of the base's that it could cut
     model, _ = trainable_model()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
