@@ -1009,6 +1009,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     # ---- nn.Module and transformers plumbing ---------------------------------------------------------------------
 
+    def _get_name(self) -> str:
+        # By this name Trainer knows whether its label smoothing has to shift labels.
+        return self.base._get_name()
+
     def can_generate(self) -> bool:
         return True
 

@@ -149,6 +149,18 @@ def test_a_state_dict_is_what_trains() -> None:
     assert all((parameter == 0).all() for parameter in base.parameters())
 
 
+def test_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
+    model = spf.accelerate(make_peft())
+    trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
+    batch = collate(rows(3))
+    found = trainer.compute_loss(model.train(), dict(batch))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_bf16(tmp_path: Path) -> None:
     """Autocast through Trainer, with accumulation: the losses of float32 up to bf16's noise."""
     found = []
