@@ -48,7 +48,7 @@ $(DEPS): $(PINS) | $(PY)
 
 # Without isolation the extension is built by the pinned tools, and nothing is downloaded twice.
 $(BUILD): $(DEPS) pyproject.toml setup.py softprompt_fast/_version.py $(CSRC)
-	$(PIP) install --quiet --no-build-isolation --constraint $(PINS) --editable '.[peft,bench,demo,dev]'
+	$(PIP) install --quiet --no-build-isolation --constraint $(PINS) --editable '.[peft,train,bench,demo,dev]'
 	$(PIP) check
 	@$(PY) -c 'from softprompt_fast.backends import native; print("C++ extension:", native.status()[1])'
 	@touch $@

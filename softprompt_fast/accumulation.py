@@ -45,15 +45,15 @@ class _SharedRun:
     Attributes:
         versions: of each prompt in it; another one means that the prompt has changed since.
         parked: whether a micro-batch's backward has left gradients here that are not on the parameters yet.
+        ended: whether the prompts' own backward has run.
     """
 
     def __init__(self) -> None:
         self.versions: dict[RowPrompt, int] = {}
-        self.parked = False
+        self.parked = self.ended = False
         self._compiled: dict[Hashable, Compiled] = {}
         self._roots: list[Tensor] = []
         self._leaves: list[Tensor] = []
-        self._ended = False
         self._parameters: dict[nn.Parameter, None] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor, int]] = []
 
@@ -68,17 +68,13 @@ class _SharedRun:
     def _add_leaf(self, root: Tensor) -> Tensor:
         if root.requires_grad:
             leaf = root.detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(self._receive)
+            leaf.register_post_accumulate_grad_hook(_receiver(self))
             self._roots.append(root)
             self._leaves.append(leaf)
         return root
 
-    def _receive(self, _: Tensor) -> None:
-        if self._ended:
-            raise RuntimeError(
-                "loss: the prompt's backward for this step has run already; call backward() on each micro-batch's "
-                "loss before the next forward pass, and inside accumulate_gradients() where that is used"
-            )
+    def receive(self) -> None:
+        """A micro-batch's backward has reached a leaf."""
         if not self.parked:
             self.parked = True
             for parameter in self._parameters:
@@ -114,11 +110,12 @@ class _SharedRun:
         return [_mapped(self._compiled[key], lambda root: instead.get(id(root), root)) for key in keys]
 
     def take(self) -> list[Tensor | None]:
-        """The parked gradients, one per root; they are handed out once."""
+        """The parked gradients, one per root; they are handed out once, and nothing is kept."""
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
-        self._ended, self.parked = True, False
+        self.ended, self.parked = True, False
+        self._compiled, self._roots, self._leaves = {}, [], []
         return gradients
 
     def backward(self) -> None:
@@ -127,6 +124,22 @@ class _SharedRun:
         pairs = [(root, grad) for root, grad in zip(roots, self.take(), strict=True) if grad is not None]
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+
+
+def _receiver(run: _SharedRun) -> Callable[[Tensor], None]:
+    # Weakly: a leaf that held its run would keep both, and the prompt's graph, until the garbage collector comes.
+    alive = weakref.ref(run)
+
+    def receive(_: Tensor) -> None:
+        run = alive()
+        if run is None or run.ended:
+            raise RuntimeError(
+                "loss: the prompt's backward for this step has run already, or was dropped; call backward() on each "
+                "micro-batch's loss before the next forward pass, inside accumulate_gradients() where that is used"
+            )
+        run.receive()
+
+    return receive
 
 
 class _AddParked(torch.autograd.Function):
@@ -143,7 +156,9 @@ class _AddParked(torch.autograd.Function):
         def total(parked: Tensor | None, gradient: Tensor | None) -> Tensor | None:
             return gradient if parked is None else parked if gradient is None else parked + gradient
 
-        return None, *(total(*pair) for pair in zip(ctx.run.take(), gradients, strict=True))
+        # A second pass over a retained graph finds nothing parked.
+        parked = ctx.run.take() or [None] * len(gradients)
+        return None, *(total(*pair) for pair in zip(parked, gradients, strict=True))
 
 
 @dataclass(eq=False)

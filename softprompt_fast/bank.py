@@ -324,3 +324,9 @@ class PromptBank:
                     self._packs.popitem(last=False)
             self._packs.move_to_end(key)
             return packed
+
+    # Dynamo would compile anew whatever sees a version, at every step of an optimizer.
+    @torch.compiler.disable
+    def pack(self, prompts: Sequence[RowPrompt], compiled: Sequence[Compiled], dtype: torch.dtype) -> Packed:
+        """Prompts that the caller has run itself, with the versions that they have now (:func:`pack`)."""
+        return pack(prompts, [self.version(name) for name, _ in prompts], compiled, dtype)

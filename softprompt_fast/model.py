@@ -23,7 +23,7 @@ from softprompt_fast import expanded
 from softprompt_fast.accumulation import GradientAccumulation
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import requested
-from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt, pack
+from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt
 from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
@@ -421,19 +421,18 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
 
     def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool = True) -> Packed:
-        versions = {row: self._bank.version(row[0]) for row in distinct}
-        compiled = self._compile_once_a_step(versions, virtual_logits, next_logits)
-        return pack(distinct, list(versions.values()), compiled, self.dtype)
+        compiled = self._compile_once_a_step(distinct, virtual_logits, next_logits)
+        return self._bank.pack(distinct, compiled, self.dtype)
 
     def _compile_once_a_step(
-        self, versions: dict[RowPrompt, int], virtual_logits: bool, next_logits: bool
+        self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool
     ) -> list[Compiled]:
         def run(rows: list[RowPrompt]) -> list[Compiled]:
             return self._compile_rows(rows, virtual_logits, next_logits)
 
         # FSDP around the prompts themselves has to reduce their gradients at every backward.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or isinstance(self, FSDPModule):
-            return run(list(versions))
+            return run(distinct)
         if self._accumulation.explicit and trainer.active_ddp() is not None:
             raise RuntimeError(
                 "accumulate_gradients: its gradients would not be reduced by DistributedDataParallel; leave it out "
@@ -442,7 +441,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return self._accumulation.compiled(
-            versions,
+            {row: self._bank.version(row[0]) for row in distinct},
             (virtual_logits, next_logits, autocast),
             run,
             lambda row: () if isinstance(prompt := self._bank[row[0]], PrefixKV) else prompt.parameters(),
@@ -1163,6 +1162,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return Explanation(type(self.base).__name__, layers, note)
 
     # ---- nn.Module and transformers plumbing ---------------------------------------------------------------------
+
+    def _get_name(self) -> str:
+        # By this name Trainer knows whether its label smoothing has to shift labels.
+        return self.base._get_name()
 
     def can_generate(self) -> bool:
         return True

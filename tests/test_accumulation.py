@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert relative_error(found[name], gradient) <= 1e-6, name
 
 
-@contextmanager
+@contextlib.contextmanager
 def announcing(model: SoftPromptModel) -> Iterator[Callable[[bool], None]]:
     """A training loop that says whether more micro-batches follow."""
     more = False
@@ -264,6 +266,40 @@ def test_a_late_backward_is_refused() -> None:
         model(**second).loss.backward()
     with pytest.raises(RuntimeError, match="has run already"):
         late.backward()
+    with model.accumulate_gradients():
+        alone = model(**first).loss
+    with pytest.raises(RuntimeError, match="has run already"):
+        alone.backward()
+
+
+@pytest.mark.parametrize("way", ["block", "announced", "exception"])
+def test_nothing_outlives_its_step(way: str) -> None:
+    """Neither graphs nor keys and values wait for the garbage collector."""
+    model, _ = make_trained()
+    leaves: list[weakref.ref[Tensor]] = []
+    first, second, _ = micro_batches()
+    select = model._select
+
+    def spied(*args: object, **kwargs: object) -> object:
+        packed, index = select(*args, **kwargs)
+        leaves.extend(map(weakref.ref, packed.keys))
+        return packed, index
+
+    model._select = spied
+    gc.collect()
+    gc.disable()
+    try:
+        window = model.accumulate_gradients() if way != "announced" else contextlib.nullcontext()
+        with announcing(model) as announce, contextlib.suppress(KeyError), window:
+            announce(way == "announced")
+            model(**first).loss.backward()
+            announce(False)
+            if way == "exception":
+                raise KeyError
+            model(**second).loss.backward()
+        assert leaves and not any(leaf() is not None for leaf in leaves)
+    finally:
+        gc.enable()
 
 
 def test_a_forward_pass_without_a_backward_changes_nothing() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes on the CPU (gloo): one process's gradient over the whole batch, through torch.distributed alone."""
+"""Two processes on the CPU (gloo): the gradient of one process over the whole batch."""
 
 from __future__ import annotations
 

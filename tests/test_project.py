@@ -58,7 +58,10 @@ def test_import_is_light():
 def test_the_core_works_without_the_extras():
     code = """
 import sys
-for name in ("peft", "triton", "vllm", "gguf", "matplotlib", "accelerate", "pybind11", "softprompt_fast._C"):
+for name in (
+    "peft", "triton", "vllm", "gguf", "matplotlib", "accelerate", "datasets", "tensorboard", "trl", "pybind11",
+    "softprompt_fast._C",
+):
     sys.modules[name] = None  # importing it now raises ImportError
 import softprompt_fast as spf
 from softprompt_fast.backends import native
@@ -76,7 +79,7 @@ def test_an_isolated_build_downloads_no_torch():
 def test_every_direct_dependency_is_pinned_within_its_range():
     pinned = pins()
     needs = PROJECT["project"]["dependencies"] + [
-        need for extra in ("peft", "bench", "demo", "dev") for need in EXTRAS[extra]
+        need for extra in ("peft", "train", "bench", "demo", "dev") for need in EXTRAS[extra]
     ]
     for need in map(Requirement, needs):
         assert need.name in pinned, f"requirements-dev.txt: no pin for {need}"

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import softprompt_fast as spf
 from softprompt_fast import SoftPromptModel
+from softprompt_fast.integrations.adapter_callback import SaveAdapter
 from tests.models import VOCAB_SIZE, make_base, make_prompt, make_rows, relative_error
 from tests.test_accumulation import Counter
 
@@ -114,11 +115,62 @@ def test_as_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_holds_what_trains(tmp_path: Path) -> None:
     model = spf.accelerate(make_peft())
-    trainer = make_trainer(model, tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
-    trainer.train()
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(model, tmp_path, callbacks=[SaveAdapter()], **options).train()
     state = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert list(state) == ["prompts.prompt_default.embedding.weight"]
     assert torch.equal(next(iter(state.values())), trained(model))
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "checkpoint-3")
+    assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, trained(model))
+
+
+def test_a_state_dict_is_what_trains() -> None:
+    base = make_base()
+    base.lm_head.weight = base.get_input_embeddings().weight
+    model = SoftPromptModel(base, freeze_base=False)
+    model.add_prompt("t", make_prompt(base))
+    base.requires_grad_(False)
+    prompt = ["prompts.prompt_t.embedding.weight"]
+    assert list(model.state_dict()) == prompt
+    assert list(torch.nn.Sequential(model).state_dict()) == ["0." + prompt[0]]
+    base.get_input_embeddings().requires_grad_(True)  # tied: one tensor, one name
+    trains = ["base.model.embed_tokens.weight", *prompt]
+    assert list(model.state_dict()) == trains
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert (base.lm_head.weight == 0.5).all() and (trained(model.prompts) == 0.5).all()
+    for name in trains:
+        with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+            model.load_state_dict({other: tensor for other, tensor in state.items() if other != name})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(state | {"prompts.prompt_other.embedding.weight": state[prompt[0]]})
+    whole = {f"base.{name}": torch.zeros_like(tensor) for name, tensor in base.state_dict().items()}
+    model.load_state_dict(state | whole)  # weights that don't train are welcome
+    assert all((parameter == 0).all() for parameter in base.parameters())
+
+
+def test_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
+    model = spf.accelerate(make_peft())
+    trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
+    batch = collate(rows(3))
+    found = trainer.compute_loss(model.train(), dict(batch))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Autocast through Trainer, with accumulation: the losses of float32 up to bf16's noise."""
+    found = []
+    for bf16 in (False, True):
+        trainer = make_trainer(
+            spf.accelerate(make_peft()), tmp_path, gradient_accumulation_steps=2, max_steps=3, bf16=bf16
+        )
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[1] == pytest.approx(found[0], rel=1e-2) and found[1] != found[0]
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -199,7 +199,7 @@ def _shared_prefix(
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """What autocast does to arguments of PyTorch's own attention: rotated keys are float32 there, values are not."""
+    """What autocast does to the arguments of PyTorch's own attention: rotated keys are float32, values not."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
