@@ -49,7 +49,7 @@ CPU_FILES = {
     ),
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",
-        "readme", "gpu_command",
+        "readme", "gpu_command", "train_cli", "self_study",
     ),
     "Triton's interpreter and cross-compiler": ("triton",),
 }  # fmt: skip
