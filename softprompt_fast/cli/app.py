@@ -260,6 +260,7 @@ def train(
     chosen = {"--method": method.upper().replace("-", "_"), "--schedule": schedule, "--too-long": too_long}
     with session(as_json, extra="train") as run:
         from softprompt_fast.prompt import METHODS
+        from softprompt_fast.train import check_packages
         from softprompt_fast.train import data as rows
 
         known = {"--method": METHODS, "--schedule": SCHEDULES, "--too-long": rows.TOO_LONG}
@@ -269,6 +270,7 @@ def train(
         _check_dtype(dtype)
         if steps is None and epochs <= 0:
             raise typer.BadParameter("expected more than 0", param_hint="--epochs")
+        check_packages(tensorboard)
         from softprompt_fast.train import run as training
 
         settings = training.Settings(

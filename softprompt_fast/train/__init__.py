@@ -6,3 +6,17 @@
 - :mod:`.run`: the run itself, on transformers' Trainer.
 - :mod:`.report`: its numbers as a table, a picture and JSON.
 """
+
+from __future__ import annotations
+
+import importlib
+
+
+def check_packages(tensorboard: bool) -> None:
+    """Import what a run needs beyond the package's own dependencies, so that it fails at once or not for that.
+
+    Raises:
+        ModuleNotFoundError: one of the extra ``train`` is missing; names it.
+    """
+    for name in ("accelerate", "matplotlib", *(["tensorboard"] if tensorboard else [])):
+        importlib.import_module(name)

@@ -117,21 +117,14 @@ def run(output: Path, settings: Settings, console: Console, *, resume: bool = Fa
         NonFiniteLossError: the loss turned NaN or infinite.
         RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written first.
         OSError: something can't be read or written, or another process trains in `output`.
-        ModuleNotFoundError: a package of the extra ``train`` is missing.
+        ModuleNotFoundError: a package of the extra ``train`` is missing (see `train.check_packages`).
     """
-    import accelerate  # noqa: F401  fail now, not after minutes of loading
-    import matplotlib  # noqa: F401
-
-    if settings.tensorboard:
-        import tensorboard  # noqa: F401
-
     started = time.perf_counter()
     output = make_directory(output)
     if (output / RUN_FILE).exists() and not resume:
         raise ValueError(f"{output}: holds a run already; go on with it (--resume) or choose another folder")
-    lock = FileLock(output / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout:
         raise OSError(f"{output}: another process trains in this folder") from None
     with lock:
@@ -259,6 +252,8 @@ def _encode(
         settings.method, model, tokenizer, context, init=settings.init, seed=settings.seed,
         num_virtual_tokens=settings.num_virtual_tokens, options=settings.options,
     )  # fmt: skip
+    if not any(parameter.numel() for parameter in prompt.parameters() if parameter.requires_grad):
+        raise ValueError(f"{prompt.method}: nothing of its {prompt.num_virtual_tokens} virtual token(s) is trainable")
     train = encode(rows, settings.data, prompt.num_virtual_tokens)
     where = settings.data if _is_share(settings.validation) else settings.validation
     validation = encode(held_out, where, prompt.num_virtual_tokens) if held_out else Encoded([], 0, 0)

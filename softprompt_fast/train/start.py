@@ -77,6 +77,8 @@ def initial_prompt(
                 raise ValueError(f"init: expected words after text:, found {init!r}")
             if has_tokens:
                 return SoftPrompt.for_model(method, base, init_token_ids=ids, **common)
+            if num_virtual_tokens is not None and len(ids) < num_virtual_tokens:
+                raise ValueError(f"init: expected a text of {num_virtual_tokens} tokens or more, found {len(ids)}")
             return model.cartridge_from_tokens(torch.tensor(ids), num_virtual_tokens=num_virtual_tokens, **options)
     raise ValueError(f"init: expected {INITS}, as {method} knows them; found {init!r}")
 
