@@ -186,10 +186,7 @@ def test_early_stopping_ends_the_run_once(base: Path, reviews: Path, tmp_path: P
     assert (report["stopped"], report["steps"]) == ("early stopping", 6)  # the first evaluation, and two no better
     (tmp_path / "report.json").unlink()  # killed before it was written
     assert call(*args, "--resume").exit_code == 0
-    assert (report_of(tmp_path)["stopped"], report_of(tmp_path)["steps"]) == (
-        "early stopping",
-        6,
-    )  # the first evaluation, and two no better
+    assert (report_of(tmp_path)["stopped"], report_of(tmp_path)["steps"]) == ("early stopping", 6)
 
 
 def test_a_finished_run_is_not_trained_again(base: Path, reviews: Path, finished: Path, tmp_path: Path):
