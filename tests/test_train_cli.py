@@ -631,6 +631,13 @@ def test_an_output_that_is_a_file_or_in_use(base: Path, reviews: Path, tmp_path:
         assert_failed(call(*arguments(base, reviews, tmp_path)), Exit.IO, "another process trains in this folder")
 
 
+def test_checkpoints_of_another_program_are_left_alone(base: Path, reviews: Path, tmp_path: Path):
+    theirs = fake_checkpoint(tmp_path, 7)
+    result = call(*arguments(base, reviews, tmp_path, "--resume"))
+    assert_failed(result, Exit.INPUT, "holds checkpoints of another program")
+    assert theirs.is_dir() and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("place", ["weights", "optimizer", "marker"])
 def test_disk_full(place: str, base: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*args: Any, **kwargs: Any) -> None:

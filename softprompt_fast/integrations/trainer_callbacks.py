@@ -59,7 +59,8 @@ def is_committed(folder: Path) -> bool:
 def recover(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that is whole, or None; newer ones, half-written by a run that was killed, are removed.
 
-    Pass it to ``trainer.train(resume_from_checkpoint=...)``.
+    Pass it to ``trainer.train(resume_from_checkpoint=...)``. Checkpoints that were written without
+    :class:`CommitCheckpoint` have no marker: don't call it on a folder that holds some.
     """
     for folder in _checkpoints(output_dir):
         if is_committed(folder):

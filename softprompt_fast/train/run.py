@@ -123,6 +123,9 @@ def run(output: Path, settings: Settings, console: Console, *, resume: bool = Fa
     output = make_directory(output)
     if (output / RUN_FILE).exists() and not resume:
         raise ValueError(f"{output}: holds a run already; go on with it (--resume) or choose another folder")
+    if not (output / RUN_FILE).exists() and any(output.glob("checkpoint-*")):
+        # Theirs have no marker, so they would be taken for half-written ones of ours and removed.
+        raise ValueError(f"{output}: holds checkpoints of another program; choose another folder")
     try:
         lock = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout:
@@ -355,7 +358,7 @@ def _arguments(
     per_epoch = math.ceil(math.ceil(rows / settings.batch_size) / settings.accumulate)
     total = settings.steps or max(1, round(settings.epochs * per_epoch))
     rate = settings.learning_rate
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -383,6 +386,9 @@ def _arguments(
         report_to="none",
         log_level="error",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or Trainer would wrap the model in DataParallel
+    return arguments
 
 
 class PromptTrainer(Trainer):
