@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INITS = "random, normal, vocab, text:WORDS, examples:N (CPT) or prompt:DIR"
-#: What works for a prompt whose start is `random`; methods with a network before the virtual tokens want less.
+#: Where to begin, by the size of what is learnt: embeddings scaled to the base's, a network (P_TUNING), steps
+#: inside a small ball (CPT), keys and values of order one. No more than that: each task has its own best.
 LEARNING_RATES = {"P_TUNING": 1e-3, "CPT": 1e-3, "PREFIX_TUNING": 1e-2, "CARTRIDGE": 1e-2}
 DEFAULT_LEARNING_RATE = 2e-2
 
