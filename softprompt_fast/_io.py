@@ -26,14 +26,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         # Without this a crash of the machine may leave a renamed file with no content: renames overtake data.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -55,8 +54,14 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _sync_directory(directory: Path) -> None:
-    """Put the rename itself on disk; where directories cannot be opened (Windows) the system does it."""
+def sync_file(path: str | os.PathLike[str]) -> None:
+    """Put a file's content on disk (fsync)."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: str | os.PathLike[str]) -> None:
+    """Put a directory's entries (a rename) on disk; where none can be opened (Windows) the system does it."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

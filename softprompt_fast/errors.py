@@ -25,3 +25,15 @@ class PrefixError(SoftPromptError):
 
 class PrefixFingerprintError(PrefixError):
     """A saved `PrefixKV` was computed with another base model."""
+
+
+class NonFiniteLossError(SoftPromptError):
+    """Training met a loss or a gradient that is NaN or infinite, and stopped before its optimizer step.
+
+    Attributes:
+        step: the optimizer step (from 1) that was not taken: the parameters are those after ``step - 1``.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step

@@ -93,7 +93,7 @@ def assert_failed(result: Result, code: Exit, *parts: str) -> None:
 def test_version_and_help():
     assert call("--version").stdout == f"softprompt-fast {__version__}\n"
     shown = " ".join(call("--help").stdout.split())
-    for command in ("demo", "compile", "generate", "info", "tune"):
+    for command in ("demo", "compile", "generate", "train", "info", "tune"):
         assert command in shown
         assert "Exit codes: 0 done" in " ".join(call(command, "--help").stdout.split())
     assert "Exit codes: 0 done" in shown

@@ -56,8 +56,11 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool) -> Iterator[Session]:
-    """Run a command's body: errors become one line and an exit code, the result becomes JSON if asked for."""
+def session(as_json: bool, extra: str = "demo") -> Iterator[Session]:
+    """Run a command's body: errors become one line and an exit code, the result becomes JSON if asked for.
+
+    ``extra`` is the optional dependency group that the command needs.
+    """
     current = Session(as_json)
     try:
         if as_json:
@@ -72,23 +75,23 @@ def session(as_json: bool) -> Iterator[Session]:
             raise  # typer prints these itself
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        code, message = _explain(error)
+        code, message = _explain(error, extra)
         if as_json:
             print(json.dumps({"error": message, "exit_code": int(code)}, indent=2), flush=True)
         print(f"error: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(int(code)) from None
 
 
-def _explain(error: BaseException) -> tuple[Exit, str]:
+def _explain(error: BaseException, extra: str) -> tuple[Exit, str]:
     from softprompt_fast.backends._registry import BackendError
     from softprompt_fast.tune import NoDeviceError
 
     # str() of a KeyError is the repr of its message.
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, KeyboardInterrupt):
-        return Exit.INTERRUPTED, "interrupted"
+        return Exit.INTERRUPTED, message or "interrupted"
     if isinstance(error, ModuleNotFoundError):
-        return Exit.IO, f"{message}; the commands need the extras: pip install 'softprompt-fast[demo]'"
+        return Exit.IO, f"{message}; this command needs the extra: pip install 'softprompt-fast[{extra}]'"
     if isinstance(error, OSError):
         return Exit.IO, message
     if isinstance(error, NoDeviceError):

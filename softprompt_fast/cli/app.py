@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 NO_PROMPT = "none"
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 Base = Annotated[str, typer.Option("--base", help="Base model: a folder, a hub name, or 'demo' for the bundled one.")]
@@ -182,6 +184,127 @@ def generate(
 
 
 @app.command(epilog=EXIT_CODES)
+def train(
+    data: Annotated[str, typer.Argument(help="Rows: a .jsonl or .csv file, or a dataset of the Hugging Face hub.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, adapter, prefix, report and TensorBoard.")
+    ],
+    base: Base = "demo",
+    input_column: Annotated[
+        str | None, typer.Option(help="Column with no loss on it. Left out: prompt, or none where there is 'text'.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(help="Column that is learnt. Left out: completion, or text.")
+    ] = None,
+    task_column: Annotated[
+        str | None, typer.Option(help="Column with a number, the task of a multitask prompt.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    validation: Annotated[
+        str, typer.Option(help="Held-out rows: a file or hub dataset, or a share of the rows; 0 holds out none.")
+    ] = "0.1",
+    method: Annotated[
+        str, typer.Option(help="PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or CPT.")
+    ] = "PROMPT_TUNING",
+    num_virtual_tokens: Annotated[
+        int | None, typer.Option("--num-virtual-tokens", "-P", min=1, help="Virtual tokens; 20, or what --init says.")
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Start: random (for prompt tuning at the scale of the base's embeddings, which learns faster than "
+            "PEFT's), normal (PEFT's), vocab, text:WORDS, examples:N (CPT's context), prompt:DIR (go on from it)."
+        ),
+    ] = "random",
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="NAME=VALUE of the method's PEFT configuration. May be given several times."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Of AdamW. Left out: the method's, 0.02 for prompt tuning.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="linear, cosine, constant, constant_with_warmup, polynomial or inverse_sqrt.")
+    ] = "linear",
+    warmup: Annotated[float, typer.Option(min=0.0, help="Steps (from 1), or share of all steps (below 1).")] = 0.03,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, in place of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches an optimizer step.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Own tokens a row; 512, or what the base's positions leave.")
+    ] = None,
+    too_long: Annotated[str, typer.Option(help="What becomes of longer rows: cut, drop or refuse.")] = "cut",
+    end_of_text: Annotated[
+        bool, typer.Option("--eos/--no-eos", help="Close targets with the end-of-text token.")
+    ] = True,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the start, of the held-out share and of the rows' order.")] = 0,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations, each of which is a checkpoint; a tenth.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; a tenth.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many evaluations in a row without a better loss.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the output folder.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a soft prompt on a dataset, with checkpoints that survive a kill, and report how it went."""
+    chosen = {"--method": method.upper().replace("-", "_"), "--schedule": schedule, "--too-long": too_long}
+    with session(as_json, extra="train") as run:
+        from softprompt_fast.prompt import METHODS
+        from softprompt_fast.train import check_packages
+        from softprompt_fast.train import data as rows
+
+        known = {"--method": METHODS, "--schedule": SCHEDULES, "--too-long": rows.TOO_LONG}
+        for name, value in chosen.items():
+            if value not in known[name]:
+                raise typer.BadParameter(f"expected {', '.join(known[name])}, found {value!r}", param_hint=name)
+        _check_dtype(dtype)
+        if steps is None and epochs <= 0:
+            raise typer.BadParameter("expected more than 0", param_hint="--epochs")
+        check_packages(tensorboard)
+        from softprompt_fast.train import run as training
+
+        settings = training.Settings(
+            data=data,
+            base=base,
+            validation=validation,
+            columns=rows.Columns(input_column, target_column, task_column),
+            split=split,
+            method=chosen["--method"],
+            num_virtual_tokens=num_virtual_tokens,
+            init=init,
+            options=dict(_name_and_value(option) for option in options or []),
+            learning_rate=learning_rate,
+            schedule=schedule,
+            warmup=warmup,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            max_length=max_length,
+            too_long=too_long,
+            end_of_text=end_of_text,
+            dtype=dtype,
+            seed=seed,
+            eval_every=eval_every,
+            save_every=save_every,
+            patience=patience,
+            checkpointing=checkpointing,
+            tensorboard=tensorboard,
+        )
+        run.finish(training.run(output, settings, run.console, resume=resume))
+
+
+@app.command(epilog=EXIT_CODES)
 def tune(
     ops: Annotated[list[str] | None, typer.Option("--op", help="Op to tune, may be given several times; all.")] = None,
     kernels: Annotated[
@@ -257,11 +380,26 @@ def _load_base(name: str, dtype: str, run: Session) -> tuple[PreTrainedModel, Pr
 
     from softprompt_fast.demo import assets
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"expected float32, bfloat16 or float16, found {dtype!r}", param_hint="--dtype")
+    _check_dtype(dtype)
     with run.console.status(f"loading {name}"):
         model, tokenizer = assets.load_model(name, say=run.say)
         return model.to(getattr(torch, dtype)), tokenizer
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16 or float16, found {dtype!r}", param_hint="--dtype")
+
+
+def _name_and_value(option: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; the value as JSON where it is some (128, true, [1, 2]), else as text."""
+    name, equals, value = option.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"expected NAME=VALUE, found {option!r}", param_hint="--option")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _check_exists(folder: Path) -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -119,11 +119,11 @@ def training_batches(reviews: Sequence[Review], rows: int, seed: int) -> Iterato
         yield from drawn
 
 
-def fresh_prompt(base: PreTrainedModel, num_virtual_tokens: int, seed: int) -> SoftPrompt:
-    """A PROMPT_TUNING prompt of random vectors as large as the base's token embeddings."""
+def fresh_prompt(base: PreTrainedModel, num_virtual_tokens: int, seed: int, **options: Any) -> SoftPrompt:
+    """A PROMPT_TUNING prompt of random vectors as large as the base's token embeddings (`options`: of its config)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        prompt = SoftPrompt.for_model("PROMPT_TUNING", base, num_virtual_tokens=num_virtual_tokens)
+        prompt = SoftPrompt.for_model("PROMPT_TUNING", base, num_virtual_tokens=num_virtual_tokens, **options)
     with torch.no_grad():
         # The method starts from a standard normal, seven times the size of this model's embeddings: far from any
         # text that the model has seen, and slow to come back from.
