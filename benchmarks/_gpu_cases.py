@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from _bases import MODELS, make_base
 from _gpu import Bar, Case, Row, System
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -478,53 +479,12 @@ FIRST_LAYER = [("first layer", 32, 128, 128), ("decode", 64, 0, 1)]
 
 # -- whole models -----------------------------------------------------------------------------------------------------
 
-_LLAMA3 = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 128000,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
-        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
-    },
-    "Llama-3.1-8B": {
-        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-        "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
-    },
-    "Qwen3-4B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "bos_token_id": 151643,
-        "eos_token_id": None, "pad_token_id": 0,
-    },
-}  # fmt: skip
-TINY = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
-
 
 def models(device: torch.device, smoke: bool) -> Iterator[Case]:
     """``generate`` behind a shared prefix, against transformers' own behind a cache that holds it for every row;
     random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for name, sizes in MODELS.items():
-        config = AutoConfig.for_model(**{**sizes, **(TINY if smoke else {})})
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    for name in MODELS:
+        base = make_base(name, device, DTYPE, tiny=smoke)
         yield from model_cases(name, base, *((2, 3, 4, 2) if smoke else (32, 512, 16, 32)))
         del base
         torch.compiler.reset()
