@@ -86,18 +86,22 @@ class Trainee:
 
     @classmethod
     def make(cls, system: str, base_name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Trainee:
-        """The same weights and the same soft prompt for every system. Both are used as their users would: PEFT over a
-        base that this package has not touched, ours by ``accelerate``."""
+        """Over a base of its own; the same weights and the same soft prompt for every system."""
         torch.manual_seed(0)
-        peft_model = make_peft(make_base(base_name, device, dtype), shape.method, shape.virtual_tokens).to(device)
-        peft_model.train()
+        return cls.over(system, make_base(base_name, device, dtype), shape.method, shape.virtual_tokens)
+
+    @classmethod
+    def over(cls, system: str, base: Any, method: str, virtual_tokens: int) -> Trainee:
+        """Over ``base``. Both are used as their users would: PEFT over a base that this package has not touched, ours
+        by ``accelerate``."""
+        peft_model = make_peft(base, method, virtual_tokens).to(base.device).train()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         if system == PEFT:
             return cls(system, peft_model, parameters)
         made = cls(system, spf.accelerate(peft_model), parameters)
         if system == GENERIC:
             with _environment({PACK_VARIABLE: "0"}):  # the first pass decides how the base is run
-                made.step(torch.zeros(1, 2, dtype=torch.long, device=device), shape)
+                made.step(torch.zeros(1, 2, dtype=torch.long, device=base.device), Shape(1, virtual_tokens, 2, method))
         return made
 
     def step(self, ids: Tensor, shape: Shape, micro_batches: int | None = None) -> tuple[Tensor, Times]:

@@ -46,7 +46,8 @@ TABLE = {
     "accumulate-4xb4-p100-s32": (Shape(16, 100, 32, micro_batches=4), {}),
 }
 """Shapes, and what each has to reach: seconds of PEFT's step over ours, our peak over PEFT's, speed over the ideal."""
-TOLERANCE = {torch.float32: {"loss": 1e-5, "gradient": 1e-4}, torch.bfloat16: {"loss": 2e-2, "gradient": 5e-2}}
+TOLERANCE = {torch.float32: {"loss": 1e-5, "gradient": 1e-4}, torch.bfloat16: {"loss": 1e-3, "gradient": 3e-2}}
+"""Relative. In bfloat16 each gradient is off by 1e-2 from that in float32 (16 layers of width 512)."""
 SHARE_OF_MEMORY = 0.7
 """Of what is available: as much as PEFT may take."""
 
@@ -342,7 +343,7 @@ def markdown_quality(path: Path, result: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for system, runs in result["curves"].items():
-        last = [run["accuracies"][-1] for run in runs]
+        last = [run["accuracy"][-1] for run in runs]
         seconds = ", ".join(f"{run['seconds'][-1]:.0f}" for run in runs)
         lines += [f"| {system} | {', '.join(f'{a:.3f}' for a in last)} | {sum(last) / len(last):.3f} | {seconds} |"]
     said = (

@@ -49,7 +49,7 @@ CPU_FILES = {
     ),
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",
-        "readme", "gpu_command",
+        "readme", "gpu_command", "bench_train",
     ),
     "Triton's interpreter and cross-compiler": ("triton",),
 }  # fmt: skip
@@ -59,10 +59,11 @@ GROUPS = {
     "prefill": (40.0, "prefix_attention"),
     "decode": (35.0, "prefix_attention"),
     "backward": (25.0, "prefix_attention"),
-    "prompt_concat": (20.0, "prompt_concat"),
+    "prompt_concat": (15.0, "prompt_concat"),
     "prompt_qkv": (35.0, "prompt_qkv"),
-    "merge_states": (15.0, "merge_states"),
-    "models": (90.0, "models"),
+    "merge_states": (10.0, "merge_states"),
+    "models": (80.0, "models"),
+    "training": (30.0, "training"),
 }
 
 
