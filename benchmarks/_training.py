@@ -131,7 +131,7 @@ class Trainee:
         _wait(ids.device)
         seconds = time.perf_counter() - started
         gradients = [p.grad.flatten().float().cpu() for p in self.parameters if p.grad is not None]
-        return torch.cat([sum(losses).float().cpu()[None], *gradients]), {"total": seconds}  # type: ignore[union-attr]
+        return torch.cat([torch.stack(losses).sum().float().cpu()[None], *gradients]), {"total": seconds}
 
     def _accumulating(self, several: bool) -> Any:
         """Ours computes the prompt once for all micro-batches of an optimizer step."""

@@ -307,6 +307,12 @@ def markdown(results: list[tuple[Path, dict[str, Any]]]) -> str:
         shaped = [(Shape(**{k: r["shape"][k] for k in Shape.__dataclass_fields__}), r) for r in steps]
         shaped.sort(key=lambda pair: order.get(pair[0], len(order)))
         lines += [markdown_row(shape, result) for shape, result in shaped]
+        whole = [r["memory"][PEFT] for shape, r in shaped if r["memory"][PEFT]["rows"] == shape.batch]
+        if known := [found["extrapolated"]["peak"] / found["peak"] for found in whole if "extrapolated" in found]:
+            lines += [
+                "",
+                f"Where PEFT fits, extrapolated peaks are {min(known):.2f} to {max(known):.2f} of measured ones.",
+            ]
     for path, result in qualities:
         lines += ["", *markdown_quality(path, result)]
     where = {markdown_setting(result["setting"]) for result in (*steps, *(result for _, result in qualities))}

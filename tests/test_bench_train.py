@@ -195,6 +195,11 @@ def test_the_report_says_what_is_extrapolated(tmp_path: Path) -> None:
     (row,) = (line for line in text.splitlines() if line.startswith("| prompt tuning"))
     assert row.split(" | ")[1:3] == ["14.50 s in 4 parts", "2.00 s"] and "7.25x (7.10 to 7.40)" in row
     assert "9.00 GB in 4 parts; at once 33.00 GB, extrapolated" in row and "0.33; 0.09, extrapolated" in row
+    fits = result_of(Shape(8, 100, 128), peft_micro_batches=1)
+    fits["memory"][PEFT] |= {"extrapolated": {"rows": 8, "peak": 81 * 10**8}}
+    file.write_text(json.dumps(fits))
+    bench_train.report(argparse.Namespace(files=[file], into=into))
+    assert "0.90 to 0.90 of measured" in into.read_text() and "in 4 parts" not in into.read_text()
     into.write_text("no marks")
     with pytest.raises(SystemExit, match="expected the lines"):
         bench_train.report(argparse.Namespace(files=[file], into=into))
