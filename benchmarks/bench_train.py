@@ -353,7 +353,7 @@ def markdown_quality(path: Path, result: dict[str, Any]) -> list[str]:
         f"{shape['steps']} steps, accuracy on {shape['held_out']} held-out reviews. The two accuracies of a seed "
         f"differ by at most {found['largest_difference']:.3f} at any evaluation; seeds differ by up to "
         f"{found['largest_spread_of_seeds']:.3f} and a sample of this size has a standard error of "
-        f"{found['standard_error']:.3f}. Training took {shown(found['speed'])} less time."
+        f"{found['standard_error']:.3f}. A step is {shown(found['speed'])} as fast as PEFT's."
     )
     image = path.with_suffix(".png").name
     return [*lines, "", said, "", f"![Accuracy against steps and against seconds](../benchmarks/results/{image})"]
