@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from _bases import MODELS, make_base
 from _gpu import Bar, Case, Row, System
+from _training import OURS, PEFT, Shape, Trainee
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -25,6 +28,8 @@ from softprompt_fast import ops
 DTYPE = torch.bfloat16
 OVERHEAD = 3e-6
 """Seconds that a launch may take beside the transfer of its bytes."""
+TRAINING_TOLERANCE = 3e-2
+"""Of a gradient through all layers in bfloat16: PEFT's own is off by 1e-2 at 16 layers of width 512."""
 
 
 @dataclass(frozen=True)
@@ -478,53 +483,12 @@ FIRST_LAYER = [("first layer", 32, 128, 128), ("decode", 64, 0, 1)]
 
 # -- whole models -----------------------------------------------------------------------------------------------------
 
-_LLAMA3 = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 128000,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
-        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
-    },
-    "Llama-3.1-8B": {
-        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-        "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
-    },
-    "Qwen3-4B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "bos_token_id": 151643,
-        "eos_token_id": None, "pad_token_id": 0,
-    },
-}  # fmt: skip
-TINY = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
-
 
 def models(device: torch.device, smoke: bool) -> Iterator[Case]:
     """``generate`` behind a shared prefix, against transformers' own behind a cache that holds it for every row;
     random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for name, sizes in MODELS.items():
-        config = AutoConfig.for_model(**{**sizes, **(TINY if smoke else {})})
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    for name in MODELS:
+        base = make_base(name, device, DTYPE, tiny=smoke)
         yield from model_cases(name, base, *((2, 3, 4, 2) if smoke else (32, 512, 16, 32)))
         del base
         torch.compiler.reset()
@@ -584,6 +548,52 @@ def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: i
         yield Case(f"{name}: generate, {what}, {sizes}", make, systems, seconds=7.0)
 
 
+def training(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """A step of prompt tuning: PEFT's with the prompt in every row, at once and in micro-batches, as the logits of a
+    whole batch may not fit."""
+    for virtual, faster in ((128, 1.9), (1024, 5.0)):
+        shape = Shape(2, virtual // 32, 3) if smoke else Shape(32, virtual, 128)
+        yield training_case("tiny" if smoke else "Llama-3.2-1B", shape, faster, device)
+
+
+def training_case(name: str, shape: Shape, faster: float, device: torch.device) -> Case:
+    ours, peft = (Trainee.make(system, name, shape, device, DTYPE) for system in (OURS, PEFT))
+    vocabulary = ours.model.get_input_embeddings().num_embeddings
+    weights = sum(p.numel() for p in ours.model.base.parameters() if p.dim() == 2)
+
+    def step(trainee: Trainee, micro_batches: int = 1) -> System:
+        def call(ids: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return trainee.step(ids, shape, micro_batches)[0]
+
+        return System(call, graph=False)
+
+    def reference(ids: Tensor) -> list[Tensor]:
+        """PEFT's own in float32, row by row."""
+        exact = copy.deepcopy(peft.model).float()
+        trainee = Trainee(PEFT, exact, [p for p in exact.parameters() if p.requires_grad])
+        return apart(step(trainee, shape.batch).call(ids))
+
+    def apart(result: Tensor) -> list[Tensor]:
+        """Loss and gradients: as one vector, the larger of the two would hide the other."""
+        return [result[:1], result[1:]]
+
+    systems = {"ours": step(ours), "PEFT": step(peft)}
+    systems |= {f"PEFT, {n} micro-batches": step(peft, n) for n in (2, 4)}
+    return Case(
+        f"{name}: {shape}",
+        lambda: torch.randint(0, vocabulary, (shape.batch, shape.own), device=device),
+        systems,
+        # Forward and the gradient of every product's input; no weight has a gradient.
+        4 * weights * (shape.virtual_tokens + shape.batch * shape.own),
+        reference=reference,
+        compare=apart,
+        tolerance=TRAINING_TOLERANCE,
+        bars=[Bar("x of PEFT", lambda row: row.speedup("PEFT"), at_least=faster)],
+        seconds=14.0,
+    )
+
+
 CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "prefill": prefill,
     "decode": decode,
@@ -592,4 +602,5 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "prompt_qkv": prompt_qkv,
     "merge_states": merge_states,
     "models": models,
+    "training": training,
 }

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from softprompt_fast import info
 from softprompt_fast.backends import heuristics, native
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Systems = dict[str, Callable[[], Any]]
 Samples = dict[str, list[float]]
+Times = dict[str, float]
+Turns = dict[str, Callable[[Tensor], tuple[Tensor, Times]]]
+"""Each from inputs to a result to compare, and the seconds that it took, by what was timed."""
 
 
 def backends(op: str) -> list[str]:
@@ -62,6 +66,27 @@ def interleave(systems: Systems, rounds: int, *, turn: float = 2e-3) -> Samples:
                 system()
             samples[name].append(seconds(system, calls[name]))
     return samples
+
+
+def take_turns(
+    systems: Turns, inputs: Callable[[], Tensor], rounds: int, warmup: int = 1, *, cold: Collection[str] = ()
+) -> tuple[dict[str, Samples], dict[str, list[Tensor]]]:
+    """Seconds and results of every system, one a round, for calls that last: new inputs in every round, no call twice.
+    ``cold``: systems that take no part in the rounds of warm-up, which are not timed."""
+    samples: dict[str, Samples] = {name: {} for name in systems}
+    results: dict[str, list[Tensor]] = {name: [] for name in systems}
+    for number in range(-warmup, rounds):
+        given = inputs()
+        for name, system in systems.items():
+            if number < 0 and name in cold:
+                continue
+            result, times = system(given)
+            if number >= 0:
+                results[name].append(result)
+                for what, seconds in times.items():
+                    samples[name].setdefault(what, []).append(seconds)
+            print(f"round {number}: {name} {times}", file=sys.stderr, flush=True)
+    return samples, results
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

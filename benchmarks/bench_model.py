@@ -5,7 +5,6 @@ against vLLM with ``prompt_embeds`` and prefix caching.
     python benchmarks/bench_model.py serve --batch 32 --virtual-tokens 512 --own 16 --new 32
     python benchmarks/bench_model.py serve --batch 32 --systems ours,vllm --vllm-python vllm-env/bin/python
     python benchmarks/bench_model.py serve --batch 1 --virtual-tokens 100 --own 16 --new 32
-    python benchmarks/bench_model.py train --batch 16 --virtual-tokens 100 --own 32
 
 The systems take turns (A B C, A B C, ...), one computing while the others rest, so that a machine that slows down
 slows all of them; see ``_harness.py``. All get the same soft prompt, and in every round the same new own tokens, as a
@@ -19,15 +18,13 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import ratio, show, shown, spread, write_json
+from _harness import Times, Turns, ratio, show, shown, spread, take_turns, write_json
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,10 +32,6 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import softprompt_fast as spf
 from softprompt_fast.demo.assets import demo_model_dir, load_demo_model
-
-Times = dict[str, float]
-System = Callable[[Tensor], tuple[Tensor, Times]]
-"""From own tokens ``[B, S]`` to a result to compare, and the seconds to it."""
 
 
 class FirstToken(LogitsProcessor):
@@ -144,7 +137,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         out, times = run(base.generate, ids, past_key_values=cache, attention_mask=mask)
         return out, {name: seconds + filled for name, seconds in times.items()}
 
-    systems: dict[str, System] = {
+    systems: Turns = {
         "ours": lambda ids: run(ours.generate, ids, attention_mask=ones),
         "expanded": run_expanded,
         "peft": lambda ids: run(peft_model.generate, ids, attention_mask=ones),
@@ -161,7 +154,14 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         except (OSError, RuntimeError) as error:
             print(f"vllm: skipped, it does not start: {error}")
     try:
-        samples, outputs = take_turns(systems, args, base.config.vocab_size)
+        # PEFT's first round is minutes long, and the allocator is warm by then.
+        samples, outputs = take_turns(
+            systems,
+            lambda: torch.randint(0, base.config.vocab_size, (args.batch, args.own)),
+            args.rounds,
+            args.warmup,
+            cold={"peft"},
+        )
     finally:
         if vllm is not None:
             vllm.close()
@@ -172,58 +172,6 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         for name, equal in same.items()
     }
     return result | {"samples": samples}
-
-
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    base, _ = load_demo_model()
-    peft_model, ours = make_models(base, args.virtual_tokens)
-    peft_model.train()
-    ours.train()
-    weight = peft_model.prompt_encoder["default"].embedding.weight
-    ones = torch.ones(args.batch, args.own, dtype=torch.long)
-
-    def step(model: Any, ids: Tensor) -> tuple[Tensor, Times]:
-        labels = ids.clone()
-        if args.labels != "all":
-            labels[:, : -int(args.labels)] = -100
-        weight.grad = None
-        started = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=ones, labels=labels).loss
-        loss.backward()
-        ended = time.perf_counter()
-        return torch.cat([loss.detach()[None], weight.grad.flatten()]), {"total": ended - started}
-
-    systems: dict[str, System] = {"ours": lambda ids: step(ours, ids), "peft": lambda ids: step(peft_model, ids)}
-    systems = {name: system for name, system in systems.items() if name in args.systems}
-    samples, outputs = take_turns(systems, args, base.config.vocab_size)
-    agreement = {}
-    for name in outputs.keys() - {"ours"}:
-        pairs = list(zip(outputs["ours"], outputs[name], strict=True))
-        agreement[name] = {
-            "loss": max(float((a[0] - b[0]).abs() / b[0].abs()) for a, b in pairs),
-            "gradient": max(float((a[1:] - b[1:]).norm() / b[1:].norm()) for a, b in pairs),
-        }
-    return {"samples": samples, "agreement": agreement}
-
-
-def take_turns(
-    systems: dict[str, System], args: argparse.Namespace, vocabulary: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[Tensor]]]:
-    """Seconds and results of every system, one a round; the own tokens change with the round."""
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in systems}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in systems}
-    for number in range(-args.warmup, args.rounds):
-        ids = torch.randint(0, vocabulary, (args.batch, args.own))
-        for name, system in systems.items():
-            if number < 0 and name == "peft":
-                continue  # its first round is minutes long; the allocator is warm by then
-            output, times = system(ids)
-            if number >= 0:
-                outputs[name].append(output)
-                for what, seconds in times.items():
-                    samples[name].setdefault(what, []).append(seconds)
-            print(f"round {number}: {name} {times}", file=sys.stderr, flush=True)
-    return samples, outputs
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -244,26 +192,25 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=["serve", "train"])
+    parser.add_argument("workload", choices=["serve"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--virtual-tokens", type=int, default=512)
     parser.add_argument("--own", type=int, default=16)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--labels", default="all", help="train: 'all', or how many last tokens a row carry a label")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--systems", default="ours,expanded,peft,vllm", help="which, with commas; ours always")
-    parser.add_argument("--vllm-python", type=Path, help="serve: the Python of an environment with vLLM")
-    parser.add_argument("--vllm-preload", help="serve: LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
-    parser.add_argument("--vllm-block-size", type=int, help="serve: tokens a block of vLLM's cache; 32 if P < 128")
+    parser.add_argument("--vllm-python", type=Path, help="the Python of an environment with vLLM")
+    parser.add_argument("--vllm-preload", help="LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
+    parser.add_argument("--vllm-block-size", type=int, help="tokens a block of vLLM's cache; 32 if P < 128")
     parser.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
     args = parser.parse_args()
     args.systems = {"ours", *args.systems.split(",")}
     torch.manual_seed(0)
-    result = serve(args) if args.workload == "serve" else train(args)
+    result = serve(args)
     report(result, args)
     if args.json:
-        shape = ("workload", "batch", "virtual_tokens", "own", "new", "labels", "rounds")
+        shape = ("workload", "batch", "virtual_tokens", "own", "new", "rounds")
         write_json(args.json, {"shape": {name: getattr(args, name) for name in shape}, **result})
 
 

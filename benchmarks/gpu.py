@@ -51,7 +51,7 @@ CPU_FILES = {
     ),
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",
-        "readme", "gpu_command", "accumulation", "train_cli", "self_study",
+        "readme", "gpu_command", "accumulation", "bench_train", "train_cli", "self_study",
     ),
     "training loops of other libraries, in processes of their own": ("trainer", "distributed"),
     "Triton's interpreter and cross-compiler": ("triton",),
@@ -62,10 +62,11 @@ GROUPS = {
     "prefill": (40.0, "prefix_attention"),
     "decode": (35.0, "prefix_attention"),
     "backward": (25.0, "prefix_attention"),
-    "prompt_concat": (20.0, "prompt_concat"),
+    "prompt_concat": (15.0, "prompt_concat"),
     "prompt_qkv": (35.0, "prompt_qkv"),
-    "merge_states": (15.0, "merge_states"),
-    "models": (90.0, "models"),
+    "merge_states": (10.0, "merge_states"),
+    "models": (80.0, "models"),
+    "training": (30.0, "training"),
 }
 
 

@@ -242,25 +242,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
         return self._bank.prefix(name, self._check_task(name, task))
 
-    def cartridge_from_tokens(
-        self, input_ids: Tensor, *, num_virtual_tokens: int | None = None, num_frozen_tokens: int = 1
-    ) -> SoftPrompt:
-        """A trainable CARTRIDGE of the base's own keys and values of a text's first tokens.
-
-        Args:
-            input_ids: int64 ``[T]``.
-            num_virtual_tokens: P <= T; None: T.
-        """
-        ids = input_ids[:num_virtual_tokens].to(self.device)
-        with torch.no_grad(), self._eval_base():
-            keys, values, _ = self._run_prompt(self.base.get_input_embeddings()(ids)[None], False)
-        pairs = [x[0].transpose(0, 1).flatten(1) for pair in zip(keys, values, strict=True) for x in pair]
-        prompt = SoftPrompt.for_model(
-            "CARTRIDGE", self.base, num_virtual_tokens=len(ids), num_frozen_tokens=num_frozen_tokens
-        )
-        prompt.take({"prompt_embeddings": torch.cat(pairs, dim=1).float()})
-        return prompt.requires_grad_(True)
-
     def invalidate(self) -> None:
         """Forget every computed prefix. Needed after the base's weights were changed, or a prompt's behind autograd's
         back (``.data``)."""

@@ -72,6 +72,15 @@ def test_models(tmp_path: Path) -> None:
     assert len(rows) == 9 and all(row["samples"]["ours"] and not row["not_timed"] for row in rows)
 
 
+def test_training(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    done = command(tmp_path, "--only", "training")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_in(tmp_path, "training")
+    assert [len(row["samples"]) for row in rows] == [4, 4] and not any(row["not_timed"] for row in rows)
+    assert all(bar["found"] > 0 for row in rows for bar in row["bars"])
+
+
 def arguments(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{"device": "cpu", "workers": 1, "tests": None, "smoke": True, **changes})
 

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import softprompt_fast as spf
 from softprompt_fast import SoftPromptModel
-from softprompt_fast.integrations.adapter_callback import SaveAdapter
+from softprompt_fast.integrations.trainer_callbacks import SaveAdapter
 from tests.models import VOCAB_SIZE, make_base, make_prompt, make_rows, relative_error
 from tests.test_accumulation import Counter
 

@@ -255,12 +255,12 @@ def _why_not_packed(base: PreTrainedModel) -> str | None:
     if os.environ.get(PACK_VARIABLE) == "1":
         return None
     linears = [module.weight.nbytes for module in base.modules() if type(module) is nn.Linear]
-    if heuristics.pack_weights(sum(linears), _available_memory()):
+    if heuristics.pack_weights(sum(linears), available_memory()):
         return None
     return "a packed copy of its weights would take more than a quarter of the available memory"
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that this process may still take: the machine's, or its control group's where that is less; 0: unknown."""
     available = 0
     try:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks for transformers' Trainer: checkpoints that are whole or absent, and a stop where the loss is no number.
+"""Callbacks for transformers' Trainer: checkpoints that are whole or absent and hold an adapter that PEFT loads, and a
+stop where the loss is no number.
 
 Trainer writes a checkpoint file by file into its final place, so a killed run leaves one that looks like the others.
 :class:`CommitCheckpoint` writes a marker with every file's digest last, once all of them are on disk; a checkpoint
@@ -180,3 +181,12 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class SaveAdapter(TrainerCallback):
+    """Puts the active prompt beside the state dict that Trainer writes for resuming, as a PEFT adapter:
+    ``checkpoint-N/adapter_config.json`` and ``adapter_model.safetensors``. Give it before :class:`CommitCheckpoint`."""
+
+    def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        if state.is_world_process_zero:
+            model.save_pretrained(checkpoint_folder(args.output_dir, state.global_step))

@@ -187,7 +187,7 @@ def _run(output: Path, settings: Settings, console: Console, started: float) -> 
 
     if state.best_global_step:
         best = load_file(checkpoint_folder(output, state.best_global_step) / SAFE_WEIGHTS_NAME)
-        model.load_state_dict(best, strict=False)
+        model.load_state_dict(best)
     model.eval()
     tasks: Sequence[int | None] = [None]
     if prompt.method == "MULTITASK_PROMPT_TUNING":
@@ -397,10 +397,6 @@ class PromptTrainer(Trainer):
     control: TrainerControl
     _step_started: float | None = None
     _tokens = 0
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        super()._save(output_dir, state_dict or trained)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
