@@ -562,14 +562,14 @@ def test_a_plan_made_in_inference_mode_serves_later() -> None:
 def test_packing_follows_memory_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = 4 * sum(m.weight.numel() for m in make_base().modules() if isinstance(m, nn.Linear))
     for available, variable, packed in ((4 * weights, None, True), (4 * weights - 1, None, False), (0, "1", True)):
-        monkeypatch.setattr(fused_decoder, "_available_memory", lambda available=available: available)
+        monkeypatch.setattr(fused_decoder, "available_memory", lambda available=available: available)
         if variable is not None:
             monkeypatch.setenv(fused_decoder.PACK_VARIABLE, variable)
         told = str(spf.explain(make_model()))
         assert ("fused decoder, packed weights" in told) == packed
         assert ("more than a quarter of the available memory" in told) == (not packed)
     monkeypatch.setenv(fused_decoder.PACK_VARIABLE, "0")
-    monkeypatch.setattr(fused_decoder, "_available_memory", lambda: 1 << 60)
+    monkeypatch.setattr(fused_decoder, "available_memory", lambda: 1 << 60)
     model = make_model()
     assert "SOFTPROMPT_FAST_PACK_WEIGHTS=0" in str(model.explain())
     assert_same_logits(
@@ -580,8 +580,8 @@ def test_packing_follows_memory_and_environment(monkeypatch: pytest.MonkeyPatch)
         make_model()(ROWS[1][None])
 
 
-def test_available_memory_is_this_machines() -> None:
-    assert 0 < fused_decoder._available_memory() < 1 << 50
+def testavailable_memory_is_this_machines() -> None:
+    assert 0 < fused_decoder.available_memory() < 1 << 50
 
 
 def test_heuristics() -> None:

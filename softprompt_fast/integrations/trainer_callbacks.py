@@ -185,7 +185,7 @@ def _sha256(path: Path) -> str:
 
 class SaveAdapter(TrainerCallback):
     """Puts the active prompt beside the state dict that Trainer writes for resuming, as a PEFT adapter:
-    ``checkpoint-N/adapter_config.json`` and ``adapter_model.safetensors``. Give it before :class:`CommitCheckpoint`."""
+    ``checkpoint-N/adapter_config.json``, ``adapter_model.safetensors``. Give it before :class:`CommitCheckpoint`."""
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
