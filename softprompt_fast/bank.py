@@ -227,6 +227,24 @@ class PromptBank:
             raise KeyError(f"prompt: unknown prompt {name!r}; known prompts: {known}")
         return entry.prompt
 
+    def check_task(self, name: str, task: int | None) -> int | None:
+        """The task of a multitask prompt; None for every other prompt, whose ``task_ids`` are ignored as in PEFT.
+
+        Raises:
+            ValueError: a multitask prompt without a task, or one that it does not have. TypeError: it is no integer.
+        """
+        prompt = self[name]
+        if prompt.method != "MULTITASK_PROMPT_TUNING" or isinstance(prompt, PrefixKV):
+            return None
+        tasks = prompt.config["num_tasks"]
+        if task is None:
+            raise ValueError(f"task_ids: prompt {name!r} is a multitask prompt; give a task (0..{tasks - 1}) per row")
+        if not isinstance(task, int):
+            raise TypeError(f"task_ids: expected integers, found {task!r}")
+        if not 0 <= task < tasks:
+            raise ValueError(f"task_ids: prompt {name!r} has tasks 0..{tasks - 1}, found {task}")
+        return task
+
     def add(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
         """Put a prompt under `name`.
 

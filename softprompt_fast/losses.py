@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -193,6 +193,32 @@ def cpt_terms(labels: Tensor, own_start: Tensor | None, groups: Sequence[tuple[T
     return Terms(positions, *own, tuple(prefixes), count)
 
 
+# ---- what a loss asks of a head -------------------------------------------------------------------------------------
+
+
+class Head(Protocol):
+    """What turns a decoder's hidden states ``[n, H]`` into logits, row by row. Weights of it that require
+    grad get theirs.
+
+    Which hidden states these are (before or behind the final norm) is between a head and its decoder.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[n, V]``; differentiable."""
+
+    def sum(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """``sum(weights * cross_entropy(logits(hidden), labels))``, a scalar in fp32, without a tensor ``[n, V]``.
+
+        Args:
+            hidden: ``[n, H]``, which the gradient goes to, once. labels: int64 ``[n]``, in 0..V-1.
+            weights: ``[n]``, None for 1.
+        """
+
+
 # ---- sums of cross-entropies ----------------------------------------------------------------------------------------
 
 
@@ -224,7 +250,7 @@ def summed_cross_entropy(
     Args:
         head: ``[m, H] -> [m, V]``, each row by itself.
         hidden: ``[n, H]``, what the head takes. labels: int64 ``[n]``, none of them -100. weights: ``[n]``.
-        vocab_size: V, which the size of a chunk depends on (``heuristics.loss_rows``).
+        vocab_size: V, which the size of a chunk depends on (``heuristics.head_rows``).
 
     Returns:
         A scalar in fp32 (float64 for float64 `hidden`); once differentiable.
@@ -266,7 +292,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    step = heuristics.loss_rows(rows, vocab_size)
+    step = heuristics.head_rows(rows, vocab_size)
     return (slice(first, first + step) for first in range(0, rows, step))
 
 

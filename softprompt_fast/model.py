@@ -7,9 +7,8 @@ import copy
 import dataclasses
 import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,32 +24,31 @@ from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import requested
 from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt
 from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
+from softprompt_fast.compiling import PromptCompiler
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.integrations import probe, trainer
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
-from softprompt_fast.integrations.head import LabelledStates, LazyHead, vocab_size
-from softprompt_fast.losses import (
-    IGNORE,
-    Terms,
-    causal_lm_terms,
-    cpt_terms,
-    split_labels,
-    visible_labels,
-)
-from softprompt_fast.packing import SEGMENT_ARGUMENTS, Segments, find_segments
-from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
+from softprompt_fast.integrations.head import BaseHead, LazyHead, vocab_size
+from softprompt_fast.losses import Terms
+from softprompt_fast.packing import SEGMENT_ARGUMENTS, find_segments
+from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.prompted import PromptedModel
 from softprompt_fast.rows import (
     cached_length,
-    check_labels,
+    check_continuation,
+    check_inputs,
     check_token_ids,
     claim_rows,
+    own_ranges,
     padding_ranges,
+    predict_empty_rows,
     right_align,
+    row_positions,
 )
+from softprompt_fast.scoring import LabelledCall, LabelledStates
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -92,9 +90,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             raise TypeError(f"base: {type(base).__name__} is an encoder-decoder; use EncoderDecoderSoftPromptModel")
         super().__init__(base, backend=backend, freeze_base=freeze_base)
         self.generation_config = base.generation_config
-        self._bank = PromptBank(self._compile_frozen)
         self._accumulation = GradientAccumulation(trainer.more_micro_batches_follow)
-        self._eval_lock = threading.Lock()
         self._num_layers = hooks.num_attention_layers(base)
         requested(backend)  # raises for a name that is no backend's
         self._limit = hooks.position_limit(base)
@@ -114,6 +110,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             )
         self._fused = LazyDecoder(base)
         self._head = LazyHead(base)
+        self._compiler = PromptCompiler(base, self._fused, backend, is_expanded=self._why_expanded is not None)
+        self._bank = PromptBank(self._compiler.frozen)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -187,7 +185,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self.active_prompt is None:
             self.active_prompt = name
 
-    @torch.no_grad()
     def cartridge_from_tokens(
         self, input_ids: Tensor, *, num_virtual_tokens: int | None = None, num_frozen_tokens: int = 1
     ) -> SoftPrompt:
@@ -210,14 +207,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if not 1 <= tokens <= len(input_ids):
             raise ValueError(f"num_virtual_tokens: expected 1 to {len(input_ids)}, the tokens given, found {tokens}")
         if self._limit is not None:
-            self._check_positions(tokens, tokens)
-        embedding = self.base.get_input_embeddings()
-        check_token_ids(input_ids[None], embedding.num_embeddings)
-        with self._eval_base():
-            embeds = embedding(input_ids[None, :tokens].to(self.device))
-            keys, values, _ = self._run_prompt(embeds, all_logits=False, next_logits=False)
-        pairs = tuple(key[0] for key in keys), tuple(value[0] for value in values)
-        prefix = PrefixKV(*pairs, method="CARTRIDGE", fingerprint="")  # it lives no longer than this call
+            self._limit.check(tokens, tokens)
+        check_token_ids(input_ids[None], self.base.get_input_embeddings().num_embeddings)
+        prefix = self._compiler.of_tokens(input_ids[:tokens])
         name = self.base.name_or_path or None
         prompt = SoftPrompt.from_prefix(prefix, num_frozen_tokens=num_frozen_tokens, base_model_name_or_path=name)
         return prompt.to(self.device)
@@ -240,126 +232,21 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def compile_prompt(self, name: str, *, task: int | None = None) -> PrefixKV:
         """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
-        return self._bank.prefix(name, self._check_task(name, task))
+        return self._bank.prefix(name, self._bank.check_task(name, task))
 
     def invalidate(self) -> None:
         """Forget every computed prefix. Needed after the base's weights were changed, or a prompt's behind autograd's
         back (``.data``)."""
-        self.__dict__.pop("_fingerprint", None)
+        self._compiler.forget()
         self._fused.forget()
         self._bank.invalidate()
-
-    # ---- compiling -----------------------------------------------------------------------------------------------
-
-    def _compile_frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:
-        # Kept for calls with autocast and without, so computed without.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._eval_base():
-            compiled = self._compile(prompt, None if task is None else [task])[0]
-            return PrefixKV(
-                keys=tuple(k.detach().clone(memory_format=torch.contiguous_format) for k in compiled.keys),
-                values=tuple(v.detach().clone(memory_format=torch.contiguous_format) for v in compiled.values),
-                next_logits=None if compiled.next_logits is None else compiled.next_logits.detach().clone(),
-                method=prompt.method,
-                fingerprint=self.base_fingerprint,
-                metadata={"base_config": base_config_fields(self.base)},
-            )
-
-    def _compile(
-        self, prompt: SoftPrompt, tasks: list[int] | None, *, all_logits: bool = False, next_logits: bool = True
-    ) -> list[Compiled]:
-        """Run the base once over a prompt (over all its `tasks` at once); keeps the graph where grad is enabled.
-        Without `next_logits` the last layer computes keys and values only, where the base can stop there."""
-        if prompt.kind == "prefix":
-            pairs = [(k.to(self.device, self.dtype), v.to(self.device, self.dtype)) for k, v in prompt.key_values()]
-            return [Compiled(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), None)]
-        if tasks is None:
-            embeds = prompt.embeddings()[None]
-        else:
-            embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=self.device))
-        # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
-        embeds = embeds.to(self.device, self.dtype, copy=True)
-        keys, values, logits = self._run_prompt(embeds, all_logits, next_logits)
-        return [
-            Compiled(
-                tuple(k[n] for k in keys),
-                tuple(v[n] for v in values),
-                None if logits is None else logits[n, -1],
-                logits[n] if logits is not None and all_logits else None,
-            )
-            for n in range(embeds.shape[0])
-        ]
-
-    def _run_prompt(
-        self, embeds: Tensor, all_logits: bool, next_logits: bool = True
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` embeddings (all, the last, or None
-        where neither is wanted and the pass could stop before)."""
-        keep = 0 if all_logits else 1
-        if self._why_expanded is not None:
-            return expanded.run_prompt(self.base, embeds, keep)
-        context = hooks.PrefixContext(None, None, backend=self.backend)
-        if (passes := self._fused.training(embeds, context)) is not None:
-            keys, values, hidden = passes.prompt(embeds, None if all_logits else int(next_logits))
-            if hidden.shape[1] == 0:
-                return keys, values, None
-            return keys, values, passes.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        if (fused := self._fused.serving(embeds, context, None)) is not None:
-            cache = OwnTokenCache(self._num_layers, reserve=embeds.shape[1])
-            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-            predicted = fused(embeds, positions, context, cache, keep)
-            return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], predicted
-        capture = hooks.CaptureContext()
-        logits: Tensor | None = None
-        if not all_logits and not next_logits and hooks.may_stop_early(self.base):
-            capture.stop_after = self._num_layers
-        with suppress(hooks.CapturedAll):
-            wanted = {"logits_to_keep": keep, hooks.KEYWORD: capture}
-            logits = self.base(inputs_embeds=embeds, use_cache=False, **wanted).logits
-        layers = range(self._num_layers)
-        if torch.is_grad_enabled() and embeds.requires_grad and not capture.keys[0].requires_grad:
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
-                "base with use_reentrant=False"
-            )
-        if logits is not None:
-            logits = hooks.behind_all_layers(self.base, capture, logits)
-        return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], logits
-
-    @contextmanager
-    def _eval_base(self):
-        """Frozen prefixes are computed without dropout, also while the model is in training mode."""
-        with self._eval_lock:
-            modules = [module for part in (self.base, self.prompts) for module in part.modules() if module.training]
-            for module in modules:
-                module.training = False
-            try:
-                yield
-            finally:
-                for module in modules:
-                    module.training = True
 
     @property
     def base_fingerprint(self) -> str:
         """Digest of the base model's architecture and weights, computed once."""
-        if "_fingerprint" not in self.__dict__:
-            self._fingerprint = model_fingerprint(self.base)
-        return self._fingerprint
+        return self._compiler.fingerprint
 
     # ---- which prompt for which row ------------------------------------------------------------------------------
-
-    def _check_task(self, name: str, task: int | None) -> int | None:
-        """The task of a multitask prompt; None for every other prompt, whose ``task_ids`` are ignored as in PEFT."""
-        prompt = self._bank[name]
-        if prompt.method != "MULTITASK_PROMPT_TUNING" or isinstance(prompt, PrefixKV):
-            return None
-        tasks = prompt.config["num_tasks"]
-        if task is None:
-            raise ValueError(f"task_ids: prompt {name!r} is a multitask prompt; give a task (0..{tasks - 1}) per row")
-        if not isinstance(task, int):
-            raise TypeError(f"task_ids: expected integers, found {task!r}")
-        if not 0 <= task < tasks:
-            raise ValueError(f"task_ids: prompt {name!r} has tasks 0..{tasks - 1}, found {task}")
-        return task
 
     def _row_prompts(self, prompt: Any, task_ids: Any, batch: int) -> list[RowPrompt | None]:
         names = self._row_names(prompt, batch)
@@ -373,7 +260,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             if name is None:
                 rows.append(None)
                 continue
-            rows.append((name, self._check_task(name, task)))
+            rows.append((name, self._bank.check_task(name, task)))
         return rows
 
     def _is_trainable(self, name: str) -> bool:
@@ -411,7 +298,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
                 f"{sorted(names - trainable)}; train them in separate calls, or load all with trainable=True"
             )
         if trainable or virtual_logits:
-            packed = self._pack_with_graph(distinct, virtual_logits, next_logits)
+            compiled = self._compile_once_a_step(distinct, virtual_logits, next_logits)
+            packed = self._bank.pack(distinct, compiled, self.dtype)
         else:
             packed = self._bank.packed(distinct, self.dtype)
         if len(distinct) == 1 and None not in rows:
@@ -419,10 +307,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         place: dict[RowPrompt | None, int] = {row: i for i, row in enumerate(distinct)}
         place[None] = -1
         return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
-
-    def _pack_with_graph(self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool = True) -> Packed:
-        compiled = self._compile_once_a_step(distinct, virtual_logits, next_logits)
-        return self._bank.pack(distinct, compiled, self.dtype)
 
     def _compile_once_a_step(
         self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool
@@ -458,7 +342,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             wanted = [row for row in rows if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
             wants_logits = virtual_logits and prompt.method == "CPT"
-            computed = self._compile(prompt, tasks, all_logits=wants_logits, next_logits=next_logits)
+            computed = self._compiler.run(prompt, tasks, all_logits=wants_logits, next_logits=next_logits)
             compiled.update(zip(wanted, computed, strict=True))
         return [compiled[row] for row in rows]
 
@@ -543,10 +427,14 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         """
         if unknown := kwargs.keys() - self._base_arguments - SEGMENT_ARGUMENTS:
             raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
-        batch, length = self._check_inputs(input_ids, inputs_embeds, labels, decoding=past_key_values is not None)
+        batch, length = check_inputs(input_ids, inputs_embeds, labels)
+        decodes = past_key_values is not None and length == 1
+        if input_ids is not None and input_ids.device.type == "cpu" and not (decodes or torch.compiler.is_compiling()):
+            # Elsewhere only `generate` pays the synchronisation, once a call.
+            check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
         if (segments := find_segments(kwargs, attention_mask, past_key_values, (batch, length))) is not None:
-            out = self._forward_segments(
-                segments,
+            out = segments.run(
+                self.forward,
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
@@ -562,45 +450,47 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             )
             return out.to_tuple() if return_dict is False else out
         own_end = None
-        skip_logits = cpt = False
-        predicted = True  # whether what the prefixes predict is wanted
+        call: LabelledCall | None = None
         if labels is not None:
             if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
                 raise ValueError("logits_to_keep: can't be combined with labels, whose positions decide what is kept")
             if int(cached_length(past_key_values)) > 0:
                 raise ValueError("labels: can't be combined with past_key_values that hold tokens")
             if own_start is None and attention_mask is not None:
-                own_start, own_end = self._padding(attention_mask, batch, 0, length)
-            labels = visible_labels(labels.long(), own_start, own_end)
-            compiling = torch.compiler.is_compiling()
-            if labels.device.type == "cpu" and not compiling:
-                check_labels(labels, vocab_size(self.base))
-            skip_logits = self.training if return_logits is None else not return_logits
-            skip_logits = skip_logits or return_token_scores
-            cpt = self._wants_cpt(prompt, task_ids, batch)
-            predicted = not skip_logits or compiling or bool((split_labels(labels, own_start)[1] != IGNORE).any())
-        if return_token_scores and (labels is None or cpt):
-            raise ValueError(f"return_token_scores: {'CPT has a loss of its own' if cpt else 'needs labels'}")
+                own_start, own_end = own_ranges(attention_mask, batch, 0, length)
+            rows = self._row_prompts(prompt, task_ids, batch)
+            call = LabelledCall.of(
+                labels,
+                own_start,
+                own_end,
+                [None if row is None else self._bank[row[0]] for row in rows],
+                vocab_size=vocab_size(self.base),
+                chunked=self.training if return_logits is None else not return_logits,
+                scores=return_token_scores,
+            )
+        elif return_token_scores:
+            raise ValueError("return_token_scores: needs labels")
         packed, index = self._select(
             prompt,
             task_ids,
             batch,
-            training=self.training and labels is not None,
-            virtual_logits=cpt,
-            next_logits=predicted,
+            training=self.training and call is not None,
+            virtual_logits=call is not None and call.cpt,
+            next_logits=call is None or call.wants_predictions,
         )
         index = prompt_index if prompt_index is not None else index
         past = self._own_length(past_key_values, packed, index)
-        if labels is None and own_start is None and attention_mask is not None:
-            own_start, own_end = self._padding(attention_mask, batch, past, length)
-        terms = None if labels is None else self._terms(labels, own_start, packed, index, cpt, input_type_mask)
-        head = self._head.serving() if skip_logits and self._runs_in_parts(kwargs) else None
-        if terms is not None and skip_logits and self._why_expanded is None and not use_cache:
-            kwargs["labelled"] = terms.positions
-        if head is not None:
-            kwargs["decoder"] = head.decoder
-        elif terms is not None and skip_logits:
-            logits_to_keep = (terms.positions % max(length, 1)).unique()
+        if call is None and own_start is None and attention_mask is not None:
+            own_start, own_end = own_ranges(attention_mask, batch, past, length)
+        terms: Terms | None = None
+        labelled: Tensor | None = None  # where hidden states are enough
+        head: BaseHead | None = None
+        if call is not None:
+            terms = call.terms(packed, index, self._bank.__getitem__, input_type_mask)
+            if call.chunked:
+                labelled = terms.positions
+                head = self._head.serving() if self._runs_in_parts(kwargs) else None
+                logits_to_keep = 0 if head is not None else (labelled % max(length, 1)).unique()
         if self._why_expanded is not None:
             self._check_rows_fit(batch, int(past) + length, attention_mask, packed, index)
         run = self._forward_shared if self._why_expanded is None else self._forward_expanded
@@ -614,55 +504,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             cache=past_key_values,
             use_cache=use_cache if use_cache is not None else labels is None and self.config.use_cache,
             logits_to_keep=logits_to_keep,
+            head=head,
+            labelled=labelled,
             **kwargs,
         )
-        if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
-            self._predict_empty_rows(out, packed, index, own_start, own_end, length)
-        if terms is not None:
-            states = out if isinstance(out, LabelledStates) else None
-            if states is None and head is not None:
-                states = LabelledStates(out.last_hidden_state.flatten(0, 1)[terms.positions], head)
-            if return_token_scores:
-                return self._token_scores(out, states, logits_to_keep, terms, length, packed)
-            if states is not None:
-                own = states.head.sum(states.hidden, terms.labels, terms.weights)
-                kept = {} if isinstance(out, LabelledStates) else out
-                fields = {name: kept.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-                out = CausalLMOutputWithPast(**fields)
-            else:
-                own = terms.sum_of(out.logits, logits_to_keep, length)
-            predictions = ((), ()) if packed is None else (packed.next_logits, packed.virtual_logits)
-            loss = terms.loss(own, *predictions, None if cpt else num_items_in_batch)
-            fields = {name: value for name, value in out.items() if name not in ("loss", "logits")}
-            out = type(out)(loss=loss, logits=None if skip_logits else out.logits, **fields)
+        if own_start is not None and isinstance(past, int) and past == 0 and labelled is None:
+            predict_empty_rows(out, packed, index, own_start, own_end, length)
+        if call is not None and terms is not None:
+            out = call.result(out, terms, logits_to_keep, packed, num_items_in_batch)
         return out.to_tuple() if return_dict is False else out
-
-    def _check_inputs(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, *, decoding: bool = False
-    ) -> tuple[int, int]:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        name, expected = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
-        if given.dim() != expected:
-            raise ValueError(f"{name}: expected {expected} dimensions, found shape {tuple(given.shape)}")
-        batch, length = given.shape[:2]
-        if batch == 0:
-            raise ValueError(f"{name}: the batch is empty, found shape {tuple(given.shape)}")
-        if labels is not None and labels.shape != (batch, length):
-            raise ValueError(f"labels: expected shape {(batch, length)}, found {tuple(labels.shape)}")
-        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise ValueError(f"labels: expected token ids (int64), found {labels.dtype}")
-        if input_ids is not None and not (decoding and length == 1):
-            self._check_token_ids(input_ids)
-        return batch, length
-
-    def _check_token_ids(self, input_ids: Tensor) -> None:
-        """On the CPU always; elsewhere only :meth:`generate` pays the synchronisation, once a call."""
-        if input_ids.device.type != "cpu" or input_ids.numel() == 0 or torch.compiler.is_compiling():
-            return
-        check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
 
     def _own_length(self, cache: Cache | None, packed: Packed | None, index: Tensor | None) -> int | Tensor:
         """Own tokens that each row has in `cache`."""
@@ -670,17 +520,6 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if self._why_expanded is None or packed is None or int(past) == 0:
             return past
         return past - int(packed.lengths_tensor[0 if index is None else index[0].long()])
-
-    def _padding(
-        self, attention_mask: Tensor, batch: int, past: int | Tensor, length: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """A 2-D mask as ranges ``[own_start, own_end)`` per row; (None, None) where nothing is padded."""
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
-            raise ValueError(
-                f"attention_mask: expected shape {(batch, int(past + length))} (cached and new own tokens, no virtual "
-                f"tokens), found {tuple(attention_mask.shape)}"
-            )
-        return padding_ranges(attention_mask)
 
     def _forward_shared(
         self,
@@ -694,11 +533,12 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | Tensor,
-        decoder: nn.Module | None = None,
-        labelled: Tensor | None = None,
+        head: BaseHead | None,
+        labelled: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        """One pass of the base behind its prefixes, or of its `decoder` alone, which gives no logits."""
+        """One pass of the base behind its prefixes; with `labelled` places ``row * S + column`` as far as their hidden
+        states (:class:`LabelledStates`) where the passes are fused, or where there is a `head` to go on with."""
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         (batch, length), device = given.shape[:2], given.device
@@ -736,16 +576,20 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             backend=self.backend,
             scales=None if packed is None else packed.scales,
         )
-        positions = self._positions(kwargs.pop("position_ids", None), past, length, packed, index, own_start, own_end)
-        positions = positions.to(device)
+        given_positions = kwargs.pop("position_ids", None)
+        positions = row_positions(given_positions, past, length, packed, index, own_start, own_end, device)
+        # Off the CPU reading a position waits for the device: only a prefill does, where an overrun would crash.
+        readable = device.type == "cpu" or (isinstance(past, int) and past == 0)
+        if self._limit is not None and readable and positions.numel() and not torch.compiler.is_compiling():
+            self._limit.check(int(positions.max()) + 1, max(packed.lengths) if packed is not None else 0)
         if labelled is not None and cache is None:
             passes = self._fused.training(inputs_embeds, context, kwargs)
             if passes is not None:
                 hidden = inputs_embeds if input_ids is None else passes.embed(input_ids)
                 assert hidden is not None
                 return LabelledStates(passes.own(hidden, positions, context, labelled), passes.head)
-        fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length else None
-        if fused is not None and decoder is None:
+        fused = self._fused.serving(inputs_embeds, context, cache, kwargs) if length and head is None else None
+        if fused is not None:
             hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
             logits = fused(hidden, positions, context, cache, logits_to_keep)
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -753,9 +597,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
             # once per row (32 rows, SmolLM2-135M: 104 ms of an 860 ms prefill); as an index they are one dense block.
             logits_to_keep = torch.arange(length - logits_to_keep, length, device=device)
-        if decoder is None:
+        if head is None:
             kwargs["logits_to_keep"] = logits_to_keep
-        return (decoder or self.base)(
+        out = (self.base if head is None else head.decoder)(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=hooks.no_mask(batch, device),
@@ -765,37 +609,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             **{hooks.KEYWORD: context},
             **kwargs,
         )
-
-    def _positions(
-        self,
-        given: Tensor | None,
-        past: int | Tensor,
-        length: int,
-        packed: Packed | None,
-        index: Tensor | None,
-        own_start: Tensor | None,
-        own_end: Tensor | None,
-    ) -> Tensor:
-        """Position ids ``[1 or B, S]``: a row's virtual tokens, then its own from `own_start` on."""
-        virtual: int | Tensor = 0
-        if packed is not None:
-            virtual = packed.lengths[0] if index is None else packed.lengths_tensor[index.long()][:, None]
-        if given is not None:
-            positions = virtual + given
-        else:
-            own = (torch.arange(length, device=self.device) + past)[None]
-            if own_end is not None:
-                # Right padding may run past the model's positions; nobody sees those queries.
-                own = torch.minimum(own, own_end[:, None] - 1)
-            if own_start is not None:
-                own = (own - own_start[:, None]).clamp(min=0)
-            positions = virtual + own
-        if not torch.compiler.is_compiling():
-            # Off the CPU reading a position waits for the device: only a prefill does, where an overrun would crash.
-            readable = positions.device.type == "cpu" or (isinstance(past, int) and past == 0)
-            if self._limit is not None and readable and positions.numel():
-                self._check_positions(int(positions.max()) + 1, max(packed.lengths) if packed is not None else 0)
-        return positions
+        return out if head is None else _labelled_states(out, head, labelled)
 
     def _check_rows_fit(
         self, batch: int, length: int, attention_mask: Tensor | None, packed: Packed | None, index: Tensor | None
@@ -810,53 +624,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if packed is not None:
             virtual = virtual + (packed.lengths[0] if index is None else packed.lengths_tensor[index.long()])
         row = int((own + virtual).argmax())
-        self._check_positions(int(own[row] + virtual[row]), int(virtual[row]))
-
-    def _check_positions(self, needed: int, virtual: int) -> None:
-        assert self._limit is not None
-        if needed > self._limit.positions:
-            raise ValueError(
-                f"input_ids: {virtual} virtual and {needed - virtual} own tokens need {needed} positions, but "
-                f"{self._limit.why}"
-            )
-
-    def _predict_empty_rows(
-        self,
-        out: Any,
-        packed: Packed | None,
-        index: Tensor | None,
-        own_start: Tensor,
-        own_end: Tensor | None,
-        length: int,
-    ) -> None:
-        """A row with no own token: what follows is predicted by its last virtual token."""
-        empty = own_start >= (length if own_end is None else own_end)
-        if torch.compiler.is_compiling() or not bool(empty.any()):
-            return
-        logits = out.logits.clone()
-        for row in empty.nonzero().squeeze(1).tolist():
-            place = -1 if packed is None else 0 if index is None else int(index[row])
-            predicted = None if packed is None or place < 0 else packed.next_logits[place]
-            if predicted is None:
-                why = "no prompt"
-                if packed is not None and place >= 0:
-                    why = f"a prefix of keys and values only ({packed.prompts[place][0]!r})"
-                raise ValueError(
-                    f"input_ids: row {row} has no own token and {why}, so nothing predicts its first token; "
-                    "give it at least one, e.g. the BOS token"
-                )
-            logits[row, -1] = predicted.to(logits.dtype)
-        out["logits"] = logits
-
-    def _wants_cpt(self, prompt: Any, task_ids: Any, batch: int) -> bool:
-        """CPT has its own loss, over labels of virtual tokens too; a batch can't mix it with the ordinary one."""
-        rows = self._row_prompts(prompt, task_ids, batch)
-        is_cpt = {row is not None and getattr(self._bank[row[0]], "method", "") == "CPT" for row in rows}
-        if is_cpt == {True, False}:
-            raise ValueError("prompt: a call with labels mixes CPT, which has its own loss, with other prompts")
-        if is_cpt == {True} and any(isinstance(self._bank[row[0]], PrefixKV) for row in rows if row):
-            return False
-        return is_cpt == {True}
+        self._limit.check(int(own[row] + virtual[row]), int(virtual[row]))
 
     def _runs_in_parts(self, options: dict[str, Any]) -> bool:
         """Whether a loss alone is better had from the base's decoder and head apart: not where the fused decoder may
@@ -866,90 +634,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             return False
         return torch.is_grad_enabled() or not isinstance(self._fused.get(self.backend), FusedDecoder)
 
-    def _terms(
-        self,
-        labels: Tensor,
-        own_start: Tensor | None,
-        packed: Packed | None,
-        index: Tensor | None,
-        cpt: bool,
-        input_type_mask: Tensor | None,
-    ) -> Terms:
-        """What the loss of these visible labels sums; CPT's is its own (formula: ``SoftPrompt.cpt_targets``)."""
-        if packed is None or not cpt:
-            predicts = () if packed is None else [logits is not None for logits in packed.next_logits]
-            return causal_lm_terms(labels, own_start, index, predicts)
-        groups = []
-        for place, (name, _) in enumerate(packed.prompts):
-            rows = torch.arange(len(labels), device=labels.device)
-            rows = rows if index is None else rows[index == place]
-            prompt = self._bank[name]
-            assert isinstance(prompt, SoftPrompt)
-            types = None if input_type_mask is None else input_type_mask[rows]
-            groups.append((rows, *prompt.cpt_targets(labels[rows], types)))
-        return cpt_terms(labels, own_start, groups)
-
-    def _token_scores(
-        self,
-        out: Any,
-        states: LabelledStates | None,
-        columns: int | Tensor,
-        terms: Terms,
-        length: int,
-        packed: Packed | None,
-    ) -> trainer.TokenScores:
-        """Scores of the labels that own tokens predict, then of those that the prefixes do."""
-        if states is not None:
-            groups = [(states.hidden, terms.labels, states.head.logits)]
-        else:
-            groups = [(out.logits[terms.places(columns, length)], terms.labels, None)]
-        for place, of_prefix in enumerate(terms.prefixes):
-            predicted = None if packed is None else packed.next_logits[place]
-            if predicted is not None and len(of_prefix.labels):
-                groups.append((predicted.expand(len(of_prefix.labels), -1), of_prefix.labels, None))
-        return trainer.token_scores(groups)
-
-    def _forward_segments(
-        self,
-        segments: Segments,
-        *,
-        prompt: Any,
-        task_ids: Any,
-        use_cache: bool | None,
-        logits_to_keep: int | Tensor,
-        **kwargs: Any,
-    ) -> Any:
-        """:meth:`forward` of packed rows: every segment as a row of its own, its results where the segment stood."""
-        if use_cache or kwargs.get("output_attentions") or isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
-            raise ValueError(
-                "position_ids: packed rows (positions restart at 0) can't be combined with use_cache=True, "
-                "output_attentions or logits_to_keep"
-            )
-        for name, fill in (("input_ids", 0), ("inputs_embeds", 0), ("labels", IGNORE), ("input_type_mask", 0)):
-            if kwargs[name] is not None:
-                kwargs[name] = segments.unpack(name, kwargs[name], fill)
-        out = self.forward(
-            attention_mask=segments.mask,
-            prompt=segments.per_segment("prompt", prompt),
-            task_ids=segments.per_segment("task_ids", task_ids),
-            use_cache=False,
-            **kwargs,
-        )
-        if out.logits is not None:
-            out["logits"] = segments.pack(out.logits)
-        if out.get("hidden_states") is not None:
-            out["hidden_states"] = tuple(segments.pack(states) for states in out.hidden_states)
-        return out
-
-    def _forward_expanded(self, **kwargs: Any) -> Any:
+    def _forward_expanded(self, *, head: BaseHead | None, labelled: Tensor | None, **kwargs: Any) -> Any:
         packed, index, cache = kwargs["packed"], kwargs["index"], kwargs["cache"]
         given = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
         if cache is not None:
             claim_rows(cache, packed, index, None, None, given.shape[0], cache.get_seq_length())
-        out = expanded.forward(self.base, **kwargs)
+        out = expanded.forward(self.base, decoder=None if head is None else head.decoder, **kwargs)
         if out.get("past_key_values") is not None:
             claim_rows(out.past_key_values, packed, index, None, None, given.shape[0], 0)
-        return out
+        return out if head is None else _labelled_states(out, head, labelled)
 
     def _virtual_embeddings(self, row: RowPrompt) -> Tensor | None:
         """Virtual token embeddings ``[P, H]`` of an embedding method; None where there are none."""
@@ -995,12 +688,12 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             input_ids = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
-        batch, length = self._check_inputs(input_ids if inputs_embeds is None else None, inputs_embeds, None)
+        batch, length = check_inputs(input_ids if inputs_embeds is None else None, inputs_embeds)
         if input_ids is not None:
             check_token_ids(input_ids, self.base.get_input_embeddings().num_embeddings)
         if kwargs.get("assistant_model") is not None:
             raise ValueError("assistant_model: a draft model knows no prompts; use prompt_lookup_num_tokens instead")
-        _check_continuation(kwargs.get("past_key_values"), attention_mask, batch, length)
+        check_continuation(kwargs.get("past_key_values"), attention_mask, batch, length)
         if hooks.drops_cache(self.base):
             raise ValueError(_CACHE_IS_DROPPED)
         own_start, own_end = (None, None) if attention_mask is None else padding_ranges(attention_mask)
@@ -1192,22 +885,11 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftPromptModel:
         super()._apply(fn, recurse)
-        self.__dict__.pop("_fingerprint", None)
+        self._compiler.forget()
         self._fused.forget()
         self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
         return self
 
 
-def _check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:
-    """ValueError where a mask or a cache handed to ``generate`` doesn't fit its ``[batch, length]`` own tokens."""
-    past = int(cached_length(cache))
-    if attention_mask is not None:
-        shape, widths = tuple(attention_mask.shape), sorted({length, past + length})
-        if attention_mask.dim() != 2 or shape[0] != batch or shape[1] not in widths:
-            expected = " or ".join(str((batch, width)) for width in widths)
-            raise ValueError(f"attention_mask: expected shape {expected} (no virtual tokens), found {shape}")
-    if past and length <= past and (attention_mask is None or attention_mask.shape[1] == length):
-        raise ValueError(
-            f"input_ids: expected the whole text, longer than the {past} tokens in past_key_values, found {length} "
-            f"tokens; to pass only the new ones, give an attention_mask of all {past + length}"
-        )
+def _labelled_states(out: Any, head: BaseHead, labelled: Tensor | None) -> LabelledStates:
+    return LabelledStates(out.last_hidden_state.flatten(0, 1)[labelled], head, out)

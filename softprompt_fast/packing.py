@@ -7,12 +7,14 @@ shared prefix, so packed rows are unpacked to one row a segment, run, and their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from softprompt_fast.losses import IGNORE
 
 #: What flattening collators say besides, for attention kernels that read it there.
 SEGMENT_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
@@ -116,6 +118,42 @@ class Segments:
         if len(values) == len(self.lengths):
             return values
         return values[self.rows] if isinstance(values, Tensor) else [values[row] for row in self.rows.tolist()]
+
+    def run(
+        self,
+        forward: Callable[..., Any],
+        *,
+        prompt: Any,
+        task_ids: Any,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """``SoftPromptModel.forward`` of packed rows: every segment as a row of its own, its results where it stood.
+
+        Raises:
+            ValueError: what has no place in packed rows is asked for.
+        """
+        if use_cache or kwargs.get("output_attentions") or isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+            raise ValueError(
+                "position_ids: packed rows (positions restart at 0) can't be combined with use_cache=True, "
+                "output_attentions or logits_to_keep"
+            )
+        for name, fill in (("input_ids", 0), ("inputs_embeds", 0), ("labels", IGNORE), ("input_type_mask", 0)):
+            if kwargs[name] is not None:
+                kwargs[name] = self.unpack(name, kwargs[name], fill)
+        out = forward(
+            attention_mask=self.mask,
+            prompt=self.per_segment("prompt", prompt),
+            task_ids=self.per_segment("task_ids", task_ids),
+            use_cache=False,
+            **kwargs,
+        )
+        if out.get("logits") is not None:
+            out["logits"] = self.pack(out.logits)
+        if out.get("hidden_states") is not None:
+            out["hidden_states"] = tuple(self.pack(states) for states in out.hidden_states)
+        return out
 
 
 def find_segments(

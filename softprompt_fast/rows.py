@@ -15,6 +15,31 @@ from softprompt_fast.cache import rows_held
 from softprompt_fast.losses import IGNORE
 
 
+def check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None = None
+) -> tuple[int, int]:
+    """B and S of a call over ``input_ids`` ``[B, S]`` or ``inputs_embeds`` ``[B, S, H]``.
+
+    Raises:
+        ValueError: both or neither are given, other dimensions, no row, or labels that are not integers ``[B, S]``.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    name, expected = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+    if given.dim() != expected:
+        raise ValueError(f"{name}: expected {expected} dimensions, found shape {tuple(given.shape)}")
+    batch, length = given.shape[:2]
+    if batch == 0:
+        raise ValueError(f"{name}: the batch is empty, found shape {tuple(given.shape)}")
+    if labels is not None and labels.shape != (batch, length):
+        raise ValueError(f"labels: expected shape {(batch, length)}, found {tuple(labels.shape)}")
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(f"labels: expected token ids (int64), found {labels.dtype}")
+    return batch, length
+
+
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     """IndexError naming the id, its place and the vocabulary size where one is out of range (synchronises)."""
     wrong = (input_ids < 0) | (input_ids >= vocab_size)
@@ -68,6 +93,81 @@ def padding_ranges(attention_mask: Tensor) -> tuple[Tensor | None, Tensor | None
     )
 
 
+def own_ranges(
+    attention_mask: Tensor, batch: int, past: int | Tensor, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`padding_ranges` of the mask of a call over `length` tokens behind `past` cached ones.
+
+    Raises:
+        ValueError: it is not ``[batch, past + length]``, or has holes.
+    """
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
+        raise ValueError(
+            f"attention_mask: expected shape {(batch, int(past + length))} (cached and new own tokens, no virtual "
+            f"tokens), found {tuple(attention_mask.shape)}"
+        )
+    return padding_ranges(attention_mask)
+
+
+def row_positions(
+    given: Tensor | None,
+    past: int | Tensor,
+    length: int,
+    packed: Packed | None,
+    index: Tensor | None,
+    own_start: Tensor | None,
+    own_end: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Position ids ``[1 or B, S]`` of `length` tokens behind `past` cached ones: a row's virtual tokens, then its own
+    from `own_start` on, or where the caller's `given` positions say."""
+    virtual: int | Tensor = 0
+    if packed is not None:
+        virtual = packed.lengths[0] if index is None else packed.lengths_tensor[index.long()][:, None]
+    if given is not None:
+        return (virtual + given).to(device)
+    own = (torch.arange(length, device=device) + past)[None]
+    if own_end is not None:
+        # Right padding may run past the model's positions; nobody sees those queries.
+        own = torch.minimum(own, own_end[:, None] - 1)
+    if own_start is not None:
+        own = (own - own_start[:, None]).clamp(min=0)
+    return virtual + own
+
+
+def predict_empty_rows(
+    out: Any,
+    packed: Packed | None,
+    index: Tensor | None,
+    own_start: Tensor,
+    own_end: Tensor | None,
+    length: int,
+) -> None:
+    """Where a row has no own token, what follows is predicted by its last virtual token: written to the last column of
+    ``out.logits`` ``[B, C, V]``.
+
+    Raises:
+        ValueError: nothing predicts it.
+    """
+    empty = own_start >= (length if own_end is None else own_end)
+    if torch.compiler.is_compiling() or not bool(empty.any()):
+        return
+    logits = out.logits.clone()
+    for row in empty.nonzero().squeeze(1).tolist():
+        place = -1 if packed is None else 0 if index is None else int(index[row])
+        predicted = None if packed is None or place < 0 else packed.next_logits[place]
+        if predicted is None:
+            why = "no prompt"
+            if packed is not None and place >= 0:
+                why = f"a prefix of keys and values only ({packed.prompts[place][0]!r})"
+            raise ValueError(
+                f"input_ids: row {row} has no own token and {why}, so nothing predicts its first token; "
+                "give it at least one, e.g. the BOS token"
+            )
+        logits[row, -1] = predicted.to(logits.dtype)
+    out["logits"] = logits
+
+
 def right_align(input_ids: Tensor, own_end: Tensor) -> Tensor:
     """Rotate each row so that its last real token stands in the last column."""
     length = input_ids.shape[1]
@@ -103,6 +203,21 @@ def cached_length(cache: Any) -> int | Tensor:
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: expected a transformers Cache, found {type(cache).__name__}")
     return cache.get_seq_length()
+
+
+def check_continuation(cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int) -> None:
+    """ValueError where a mask or a cache handed to ``generate`` doesn't fit its ``[batch, length]`` own tokens."""
+    past = int(cached_length(cache))
+    if attention_mask is not None:
+        shape, widths = tuple(attention_mask.shape), sorted({length, past + length})
+        if attention_mask.dim() != 2 or shape[0] != batch or shape[1] not in widths:
+            expected = " or ".join(str((batch, width)) for width in widths)
+            raise ValueError(f"attention_mask: expected shape {expected} (no virtual tokens), found {shape}")
+    if past and length <= past and (attention_mask is None or attention_mask.shape[1] == length):
+        raise ValueError(
+            f"input_ids: expected the whole text, longer than the {past} tokens in past_key_values, found {length} "
+            f"tokens; to pass only the new ones, give an attention_mask of all {past + length}"
+        )
 
 
 def claim_rows(

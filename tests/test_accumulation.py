@@ -26,7 +26,7 @@ class Counter:
 
     def __init__(self, model: SoftPromptModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward = self.backward = 0
-        compile_prompt = model._compile
+        compile_prompt = model._compiler.run
 
         def count(_: Tensor) -> None:
             self.backward += 1
@@ -38,7 +38,7 @@ class Counter:
                 result[0].keys[0].register_hook(count)
             return result
 
-        monkeypatch.setattr(model, "_compile", counted)
+        monkeypatch.setattr(model._compiler, "run", counted)
 
     def __call__(self) -> tuple[int, int]:
         return self.forward, self.backward

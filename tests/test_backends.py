@@ -154,11 +154,10 @@ def test_fuse_projection() -> None:
     assert not heuristics.fuse_projection(32 * (128 + 128))
 
 
-def test_loss_rows() -> None:
-    """The worked example, and never a chunk of nothing."""
-    assert heuristics.loss_rows(512, 49152) == 170
-    assert heuristics.loss_rows(512, 1 << 20) == 16
-    assert [heuristics.loss_rows(rows, 49152) for rows in (0, 10)] == [1, 10]
+def test_head_rows() -> None:
+    """The worked examples, and never a chunk of nothing."""
+    assert heuristics.head_rows(496, 49152) == 248 and heuristics.head_rows(1000, 262144) == 63
+    assert [heuristics.head_rows(rows, 49152) for rows in (0, 5)] == [1, 5]
 
 
 def test_score_rows() -> None:

@@ -71,8 +71,8 @@ def ddp(rank: int) -> Tensor:
 def ddp_accumulation(rank: int) -> tuple[Tensor, int]:
     model = make_model()
     wrapped = DistributedDataParallel(model)
-    runs, compile_prompt = [], model._compile
-    model._compile = lambda *args, **kwargs: runs.append(1) or compile_prompt(*args, **kwargs)  # type: ignore
+    runs, compile_prompt = [], model._compiler.run
+    model._compiler.run = lambda *args, **kwargs: runs.append(1) or compile_prompt(*args, **kwargs)  # type: ignore
     with wrapped.no_sync():
         wrapped(**batch(0, rank)).loss.backward()
     wrapped(**batch(1, rank)).loss.backward()

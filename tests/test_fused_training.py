@@ -249,7 +249,7 @@ def test_checkpointing_gives_the_same_bits() -> None:
 def test_loss_in_chunks(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base = installed(make_base())
     head = passes_of(base).head
-    monkeypatch.setattr(heuristics, "head_rows", lambda rows, vocabulary: min(max(rows, 1), step))
+    monkeypatch.setattr(heuristics, "head_rows", lambda rows, vocab_size: min(max(rows, 1), step))
     torch.manual_seed(0)
     hidden = torch.randn(8, base.config.hidden_size, requires_grad=True)
     labels, weights = torch.randint(0, base.config.vocab_size, (8,)), torch.randn(8)

@@ -31,7 +31,7 @@ LAYERS = (
     ("demo", "info", "train", "tune"),
     ("wrap",),
     ("model", "encoder"),
-    ("prompted",),
+    ("compiling", "prompted", "scoring"),
     ("integrations",),
     ("accumulation",),
     ("bank", "cache", "expanded", "explanation", "losses", "packing", "prefix_kv", "prompt", "row_layout", "rows"),

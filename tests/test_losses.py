@@ -108,7 +108,7 @@ def test_16_bit_logits_are_summed_in_fp32(dtype: torch.dtype) -> None:
 def test_chunks_give_the_sum_and_the_gradient_of_the_whole(
     rows: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristics, "loss_rows", lambda rows, vocab_size: 3)
+    monkeypatch.setattr(heuristics, "head_rows", lambda rows, vocab_size: 3)
     hidden, weight = torch.randn(rows, 8, dtype=torch.float64), torch.randn(VOCAB, 8, dtype=torch.float64)
     labels, weights = torch.randint(0, VOCAB, (rows,)), torch.rand(rows) if weighted else None
     seen: list[int] = []

@@ -87,7 +87,7 @@ def check(loss: Tensor, expected: Tensor, *parameters: Tensor) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_of_labelled_positions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels here and there, in chunks smaller than their number, with soft caps and on the expanded path as well."""
-    monkeypatch.setattr(heuristics, "loss_rows", lambda rows, vocab_size: 2)
+    monkeypatch.setattr(heuristics, "head_rows", lambda rows, vocab_size: 2)
     model, prompt = trainable_model(family=family)
     ids, mask = pad_rows(ROWS, "left")
     labels = ids.masked_fill(randint(0, 2, ids.shape, generator=seeded(4)).bool(), IGNORE)
@@ -351,6 +351,22 @@ def test_packed_cpt_is_each_segment_alone() -> None:
         row_types[number, : len(ROWS[number])] = types[row, start : start + len(ROWS[number])]
     expected = model(padded, labels=padded, attention_mask=padding, input_type_mask=row_types).loss
     check(loss, expected, prompt.delta_embedding.weight)
+
+
+def test_token_scores_of_packed_rows() -> None:
+    """What TRL's trainers ask for: every label of every segment, with the loss of a plain call."""
+    model, prompt = trainable_model()
+    ids, positions, mask = packed_batch()
+    call = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, IGNORE),
+    }
+    scores, loss = model(**call, fused_lm_head=True), model(**call).loss
+    assert len(scores.log_probs) == int(mask.sum()) and abs(scores.loss - loss) <= 1e-5 * loss
+    gradients = [torch.autograd.grad(each, list(prompt.parameters())) for each in (scores.loss, loss)]
+    assert all(relative_error(*pair) <= 1e-5 for pair in zip(*gradients, strict=True))
 
 
 def test_packed_rows_that_cannot_be_served() -> None:

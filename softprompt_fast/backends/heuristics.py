@@ -24,8 +24,7 @@ def join_keys(batch: int, keys: int, width: int) -> bool:
     (key and value).
 
     Example: 1 row, 100 + 16 keys, 3 heads of 64: ``1 * 116 * 3 * (64 + 64) = 44544`` elements, joined. A batch of 32,
-    or 2048
-    virtual tokens: apart.
+    or 2048 virtual tokens: apart.
     """
     return batch * keys * width <= 1 << 18
 
@@ -73,15 +72,6 @@ def score_rows(heads: int, rows: int, keys: int) -> int:
     return max(1, min(rows, (1 << 22) // max(1, heads * keys)))
 
 
-def loss_rows(rows: int, vocab_size: int) -> int:
-    """How many labelled positions to compute the loss of at a time: logits of at most 32 MB in float32, but 16 rows,
-    below which the head's product reads its weights too often for what it computes.
-
-    Example: 512 rows over 49152 tokens: ``2^23 // 49152 = 170`` rows; over 1M tokens 16; 10 rows: all.
-    """
-    return max(1, min(rows, max(16, (1 << 23) // vocab_size)))
-
-
 def stack_queries(queries: int, groups: int) -> bool:
     """Whether the Triton kernels stack the queries of all rows and of a key's ``groups`` query heads into one tile.
 
@@ -118,15 +108,15 @@ def prefix_splits(blocks: int, rows: int, processors: int) -> int:
     return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // processors) / splits)
 
 
-def head_rows(rows: int, vocabulary: int) -> int:
-    """How many rows of logits the fused head holds at a time: 64 MB of them in float32, in chunks of one size.
+def head_rows(rows: int, vocab_size: int) -> int:
+    """How many rows of hidden states a head makes logits of at a time: 64 MB in float32, in chunks of one size.
 
-    Each chunk reads all of the head's weights twice, so few rows waste that: never fewer than 64, where there are so
-    many.
+    Each chunk reads all of the head's weights twice (once for its gradient), so few rows waste that: never fewer than
+    64, where there are so many. Who keeps logits and their softmax side by side takes that memory twice.
 
     Example: 496 rows of 49152 logits: at most 341, so two chunks of 248. 1000 rows of 262144: chunks of 63, of at most
     64.
     """
-    most = max(64, (1 << 24) // max(1, vocabulary))
+    most = max(64, (1 << 24) // max(1, vocab_size))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))

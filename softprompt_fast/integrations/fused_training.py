@@ -430,7 +430,8 @@ class _Layers(torch.autograd.Function):
 
 
 class FusedHead:
-    """Final norm and output projection, from hidden states ``[n, H]`` (before the norm) to logits or their loss."""
+    """The :class:`~softprompt_fast.losses.Head` behind the fused passes: final norm and output projection, from
+    float32 hidden states before that norm."""
 
     def __init__(self, parts: DecoderParts) -> None:
         from softprompt_fast.backends.cpu import _training
@@ -438,8 +439,11 @@ class FusedHead:
         self._ops = _training
         self._norm, self._linear = parts.norm, parts.head
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self._linear.out_features)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[n, V]``; differentiable."""
         return _Logits.apply(self, hidden)
 
     def sum(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -469,10 +473,10 @@ class FusedHead:
 
     def _loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None, graph: bool) -> tuple[Tensor, Tensor]:
         """The sum, and where there is to be a graph its gradient (else an empty tensor)."""
-        count, step = len(hidden), heuristics.head_rows(len(hidden), self._linear.out_features)
+        count, step = len(hidden), heuristics.head_rows(len(hidden), self.vocab_size)
         losses = hidden.new_empty(count)
         grad = torch.empty_like(hidden) if graph else hidden.new_empty(0)
-        logits = hidden.new_empty(step, self._linear.out_features)
+        logits = hidden.new_empty(step, self.vocab_size)
         for first in range(0, count, step):
             part = slice(first, min(first + step, count))
             some = self._project(hidden[part], out=logits[: part.stop - first])

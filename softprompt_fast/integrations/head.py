@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,9 +42,9 @@ class _StandIn(nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
-class Head:
-    """What `base` does behind the child of it called `decoder`: hidden states in, logits or a loss out. It holds no
-    state of its own."""
+class BaseHead:
+    """The :class:`~softprompt_fast.losses.Head` of any base: what `base` does behind the child of it called `decoder`.
+    It holds no state of its own."""
 
     def __init__(self, base: PreTrainedModel, decoder: str) -> None:
         self._base = base
@@ -65,44 +64,29 @@ class Head:
         model.__dict__.update(self._base.__dict__, _modules=modules)
         return model
 
+    @property
+    def vocab_size(self) -> int:
+        return vocab_size(self._base)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[n, V]`` of hidden states ``[n, H]``."""
         return self._behind_decoder(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
     def sum(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """``sum(weights * cross_entropy)``, a scalar in fp32; see :func:`summed_cross_entropy`.
-
-        Args:
-            hidden: ``[n, H]``. labels: int64 ``[n]``, all of them in the vocabulary. weights: ``[n]``, None for 1.
-        """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._behind_decoder.parameters()):
             return weighted_sum(self.logits(hidden), labels, weights)  # chunks have no gradient of the weights
-        return summed_cross_entropy(self.logits, hidden, labels, weights, vocab_size=vocab_size(self._base))
-
-
-@dataclass(frozen=True)
-class LabelledStates:
-    """Hidden states ``[n, H]`` of the own tokens that predict a label, and the head that they are for: one that has
-    this :class:`Head`'s ``logits`` and ``sum``."""
-
-    hidden: Tensor
-    head: Any
+        return summed_cross_entropy(self.logits, hidden, labels, weights, vocab_size=self.vocab_size)
 
 
 class LazyHead:
-    """The head of one base, tried at the first call that could use it. Thread-safe.
-
-    Args:
-        expanded: whether prefixes are expanded into an ordinary cache, so that the base runs without a context.
-    """
+    """The head of one base, tried at the first call that could use it. Thread-safe."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
         self._lock = threading.Lock()
-        self._tried: Head | str | None = None
+        self._tried: BaseHead | str | None = None
         self._told: set[str] = set()
 
-    def get(self) -> Head | str:
+    def get(self) -> BaseHead | str:
         """The head, or the reason why the base has to run in one piece now."""
         if torch.compiler.is_compiling():
             return "the call is being compiled"
@@ -117,10 +101,10 @@ class LazyHead:
                     self._tried = _try(base)
         return self._tried
 
-    def serving(self) -> Head | None:
+    def serving(self) -> BaseHead | None:
         """The head; None, and the reason logged once, where the base has to run in one piece."""
         found = self.get()
-        if isinstance(found, Head):
+        if isinstance(found, BaseHead):
             return found
         if found not in self._told:
             self._told.add(found)
@@ -134,12 +118,12 @@ def vocab_size(base: PreTrainedModel) -> int:
     return int(size or base.config.get_text_config(decoder=True).vocab_size)
 
 
-def _try(base: PreTrainedModel) -> Head | str:
+def _try(base: PreTrainedModel) -> BaseHead | str:
     parts = (base.base_model, base.get_decoder(), getattr(base, "model", None))
     decoder = next((name for name, child in base.named_children() if any(child is part for part in parts)), None)
     if decoder is None:
         return f"{type(base).__name__} names no decoder among its children"
-    head = Head(base, decoder)
+    head = BaseHead(base, decoder)
 
     def run(embeddings: Tensor) -> Tensor:
         hidden = head.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state

@@ -7,7 +7,7 @@ Nothing is imported here that a loop has not imported already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
+
+from softprompt_fast.backends import heuristics
+from softprompt_fast.losses import Head
 
 
 def active_ddp() -> DistributedDataParallel | None:
@@ -63,31 +66,27 @@ class TokenScores(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-#: Rows of logits at a time: 25 MB of fp32 at a vocabulary of 49,152.
-_ROWS = 128
-
-
-def token_scores(groups: Sequence[tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]]) -> TokenScores:
+def token_scores(groups: Sequence[tuple[Tensor, Tensor, Head | None]]) -> TokenScores:
     """Scores of labels in chunks of rows, whose logits are computed again in the backward instead of kept.
 
     Args:
-        groups: hidden states ``[n, H]``, their labels int64 ``[n]``, and the head that makes logits ``[n, V]`` of them
-            (None: they are logits).
+        groups: hidden states ``[n, H]``, their labels int64 ``[n]``, and the head for them; None: they are logits
+            ``[n, V]``.
     """
 
-    def scores(head: Callable[[Tensor], Tensor] | None, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        logits = hidden if head is None else head(hidden)
+    def scores(head: Head | None, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = hidden if head is None else head.logits(hidden)
         log_probs = logits.float().log_softmax(dim=-1)
         picked = log_probs.gather(1, labels[:, None])[:, 0]
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
             return picked, entropy, log_probs.argmax(dim=-1) == labels
 
-    parts = [
-        checkpoint(scores, head, *chunk, use_reentrant=False)
-        for hidden, labels, head in groups
-        for chunk in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True)
-    ]
+    parts = []
+    for hidden, labels, head in groups:
+        rows = heuristics.head_rows(len(hidden), hidden.shape[1] if head is None else head.vocab_size)
+        for chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
+            parts.append(checkpoint(scores, head, *chunk, use_reentrant=False))
     log_probs, entropy, is_top1 = (torch.cat(part) for part in zip(*parts, strict=True))
     return TokenScores(
         loss=-log_probs.sum() / max(len(log_probs), 1),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -391,12 +392,46 @@ def may_stop_early(base: PreTrainedModel) -> bool:
     )
 
 
+def run_prompt(
+    base: PreTrainedModel, embeds: torch.Tensor, logits_to_keep: int, *, next_logits: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` prompt embeddings. Where not even
+    `next_logits` are wanted, the pass ends at the last layer's keys and values, with no logits, if the base lets it.
+
+    Raises:
+        ValueError: checkpointed layers cut the gradient.
+    """
+    capture, layers = CaptureContext(), range(num_attention_layers(base))
+    if logits_to_keep == 1 and not next_logits and may_stop_early(base):
+        capture.stop_after = len(layers)
+    logits: torch.Tensor | None = None
+    with suppress(CapturedAll):
+        wanted = {"logits_to_keep": logits_to_keep, KEYWORD: capture}
+        logits = base(inputs_embeds=embeds, use_cache=False, **wanted).logits
+    if torch.is_grad_enabled() and embeds.requires_grad and not capture.keys[0].requires_grad:
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True would cut the prompt's gradient: enable it on the "
+            "base with use_reentrant=False"
+        )
+    if logits is not None:
+        logits = behind_all_layers(base, capture, logits)
+    return [capture.keys[i] for i in layers], [capture.values[i] for i in layers], logits
+
+
 @dataclass(frozen=True)
 class PositionLimit:
     """How many positions a prompt and a row's own tokens may take together, and why no more."""
 
     positions: int
     why: str
+
+    def check(self, needed: int, virtual: int) -> None:
+        """ValueError where `needed` positions, `virtual` of them of a prompt, are too many."""
+        if needed > self.positions:
+            raise ValueError(
+                f"input_ids: {virtual} virtual and {needed - virtual} own tokens need {needed} positions, but "
+                f"{self.why}"
+            )
 
 
 def position_limit(base: PreTrainedModel) -> PositionLimit | None:

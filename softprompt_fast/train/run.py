@@ -41,8 +41,8 @@ from softprompt_fast.train.data import Columns, Encoded, Example
 PROMPT_NAME = "trained"
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
+#: Bytes of logits that one batch of an evaluation may make.
 EVALUATION_LOGITS = 1 << 28
-"""Bytes of logits that one batch of an evaluation may make."""
 
 
 @dataclass(frozen=True)
