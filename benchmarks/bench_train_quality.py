@@ -67,10 +67,7 @@ class Run:
         self.evaluations: list[dict[str, float]] = []
         _initialise(trainee, settings.method, seed)
         self.optimizer = torch.optim.Adam(trainee.parameters, lr=settings.learning_rate)
-        steps = settings.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda s: min((s + 1) / 5, 1.0) * (1 - s / steps)
-        )
+        self.schedule = sentiment.warm_up_and_decay(self.optimizer, settings.steps)
 
     def step(self, ids: Tensor, mask: Tensor, labels: Tensor) -> None:
         started = time.perf_counter()

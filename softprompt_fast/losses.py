@@ -9,13 +9,13 @@ label, and which labels the prefixes themselves predict. Logits are needed there
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from softprompt_fast.backends import heuristics
@@ -263,6 +263,25 @@ def summed_cross_entropy(
     return total
 
 
+def first_derivative_only(why: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for the ``backward`` of an autograd Function: RuntimeError with `why` under ``create_graph=True``.
+
+    ``once_differentiable`` would return constants where the incoming gradient is one, as that of ``loss.backward()``
+    is: a wrong second derivative and no error.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"create_graph: {why}")
+            return backward(ctx, *gradients)
+
+        return checked
+
+    return decorate
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -285,7 +304,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("a loss in chunks has no second derivative; ask for return_logits=True")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_output).to(gradient.dtype), None, None, None, None

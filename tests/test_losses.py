@@ -136,9 +136,8 @@ def test_chunks_give_the_sum_and_the_gradient_of_the_whole(
 def test_chunks_are_once_differentiable() -> None:
     hidden = torch.randn(4, VOCAB, requires_grad=True)
     total = summed_cross_entropy(torch.clone, hidden, torch.arange(4), vocab_size=VOCAB)
-    (gradient,) = torch.autograd.grad(total.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph: a loss in chunks has no second derivative"):
+        torch.autograd.grad(total, hidden, create_graph=True)
 
 
 def test_repeated_cross_entropy() -> None:

@@ -133,6 +133,11 @@ def fresh_prompt(base: PreTrainedModel, num_virtual_tokens: int, seed: int, **op
     return prompt
 
 
+def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up of five steps times a linear decay to zero."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 5, 1.0) * (1 - s / steps))
+
+
 def train(
     model: SoftPromptModel,
     prompt: SoftPrompt,
@@ -153,7 +158,7 @@ def train(
     model.train()
     parameters = list(prompt.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 5, 1.0) * (1 - s / steps))
+    schedule = warm_up_and_decay(optimizer, steps)
     losses = []
     for batch in islice(training_batches(reviews, rows, seed), steps):
         ids, mask, labels = task.encode_for_training(batch)

@@ -198,6 +198,11 @@ def has_dropout(base: PreTrainedModel) -> bool:
 
 
 def check_structure(base: PreTrainedModel) -> None:
+    """Whether `base` has a llama-like decoder's modules, in float32 on the CPU.
+
+    Raises:
+        UnservedError: it does not.
+    """
     for p in base.parameters():
         if p.device.type != "cpu" or p.dtype != torch.float32 or type(p) not in (nn.Parameter, Tensor):
             found = f"{str(p.dtype).removeprefix('torch.')} on {p.device}"

@@ -397,7 +397,8 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 class LazyDecoder:
-    """The fused decoder of one base, planned at the first call that could use it. Thread-safe."""
+    """The fused decoder and the fused training passes of one base, each planned at the first call that could use it.
+    Thread-safe."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base

@@ -12,8 +12,7 @@ nothing outside attention, and the last layer, beyond its keys and values, runs 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from softprompt_fast.backends import heuristics
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.decoder_parts import BaseState, DecoderParts, LayerParts, checked_rows
+from softprompt_fast.losses import first_derivative_only
 
 #: ``gradient_checkpointing_enable`` has it mark the token embeddings as requiring grad, so that reentrant checkpoints
 #: have a graph. No layer of the base runs here, and a gradient of frozen embeddings would go nowhere.
@@ -363,18 +363,10 @@ class _Call:
     checkpointing: bool
 
 
-def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    # once_differentiable would return constants where the incoming gradient is one: a wrong second derivative.
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph: the fused training passes have no second derivative; construct the model with "
-                "backend='torch' to differentiate the base's own modules"
-            )
-        return backward(ctx, *grads)
-
-    return checked
+_first_derivative_only = first_derivative_only(
+    "the fused training passes have no second derivative; construct the model with backend='torch' to differentiate "
+    "the base's own modules"
+)
 
 
 class _Layers(torch.autograd.Function):

@@ -108,6 +108,17 @@ class CommitCheckpoint(TrainerCallback):
                 shutil.rmtree(folder)
 
 
+class SaveAdapter(TrainerCallback):
+    """Puts the active prompt beside the state dict that Trainer writes for resuming, as a PEFT adapter:
+    ``checkpoint-N/adapter_config.json``, ``adapter_model.safetensors``. Give it before :class:`CommitCheckpoint`."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            model.save_pretrained(checkpoint_folder(args.output_dir, state.global_step))
+
+
 class StopOnNaN(TrainerCallback):
     """Ends training before the optimizer step that a NaN or infinite loss or gradient would have spoilt.
 
@@ -181,12 +192,3 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class SaveAdapter(TrainerCallback):
-    """Puts the active prompt beside the state dict that Trainer writes for resuming, as a PEFT adapter:
-    ``checkpoint-N/adapter_config.json``, ``adapter_model.safetensors``. Give it before :class:`CommitCheckpoint`."""
-
-    def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero:
-            model.save_pretrained(checkpoint_folder(args.output_dir, state.global_step))

@@ -31,10 +31,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from softprompt_fast._io import atomic_write_bytes, make_directory
 from softprompt_fast.demo import assets
 from softprompt_fast.errors import NonFiniteLossError
+from softprompt_fast.integrations.head import vocab_size
 from softprompt_fast.integrations.trainer_callbacks import CommitCheckpoint, StopOnNaN, checkpoint_folder, recover
 from softprompt_fast.integrations.transformers import position_limit
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.prefix_kv import PrefixKV
+from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.train import data, report, start
 from softprompt_fast.train.data import Columns, Encoded, Example
 
@@ -283,7 +285,12 @@ def _counts(encoded: Encoded) -> dict[str, int]:
 
 
 def _announce(
-    settings: Settings, arguments: TrainingArguments, train: Encoded, validation: Encoded, prompt: Any, checkpoint: Any
+    settings: Settings,
+    arguments: TrainingArguments,
+    train: Encoded,
+    validation: Encoded,
+    prompt: SoftPrompt,
+    checkpoint: Path | None,
 ) -> Iterator[str]:
     for name, encoded in (("to train on", train), ("held out", validation)):
         if encoded.examples:
@@ -518,8 +525,7 @@ def score(model: SoftPromptModel, prompt: str, examples: Sequence[Example], coll
     multitask = not isinstance(soft_prompt, PrefixKV) and soft_prompt.method == "MULTITASK_PROMPT_TUNING"
     by_length = sorted(examples, key=lambda example: len(example.ids))
     widest = max(len(example.ids) - example.given for example in examples) + 1
-    vocabulary = model.base.config.get_text_config(decoder=True).vocab_size
-    rows = max(1, min(batch_size, EVALUATION_LOGITS // (4 * vocabulary * widest)))
+    rows = max(1, min(batch_size, EVALUATION_LOGITS // (4 * vocab_size(model.base) * widest)))
     total, right, labels, right_rows = 0.0, 0, 0, 0
     for first in range(0, len(by_length), rows):
         part = by_length[first : first + rows]
