@@ -133,9 +133,9 @@ class Trainee:
         gradients = [p.grad.flatten().float().cpu() for p in self.parameters if p.grad is not None]
         return torch.cat([torch.stack(losses).sum().float().cpu()[None], *gradients]), {"total": seconds}
 
-    def _accumulating(self, several: bool) -> Any:
+    def _accumulating(self, several: bool) -> contextlib.AbstractContextManager[None]:
         """Ours computes the prompt once for all micro-batches of an optimizer step."""
-        if several and self.system != PEFT and hasattr(self.model, "accumulate_gradients"):
+        if several and self.system != PEFT:
             return self.model.accumulate_gradients()
         return contextlib.nullcontext()
 

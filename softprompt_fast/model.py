@@ -47,6 +47,7 @@ from softprompt_fast.rows import (
     predict_empty_rows,
     right_align,
     row_positions,
+    static_ranges,
 )
 from softprompt_fast.scoring import LabelledCall, LabelledStates
 
@@ -555,16 +556,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             past = cache.get_seq_length()
             own_start = claim_rows(cache, packed, index, own_start, own_end, batch, past)
             if cache.layers and isinstance(cache.layers[0], StaticLayer):
-                capacity = cache.layers[0].max_cache_len
-                if device.type == "cpu" and not torch.compiler.is_compiling() and int(past) + length > capacity:
-                    raise ValueError(
-                        f"past_key_values: a static cache of max_cache_len={capacity} can't hold {int(past)} cached "
-                        f"and {length} new tokens"
-                    )
                 # The buffer's capacity says nothing about positions: they travel in device tensors.
-                query_start = torch.zeros(batch, dtype=torch.int32, device=device) + past
-                filled = query_start + length
-                own_end = filled if own_end is None else torch.minimum(own_end, filled)
+                query_start, own_end = static_ranges(
+                    cache.layers[0].max_cache_len, past, length, own_end, batch, device
+                )
         context = hooks.PrefixContext(
             keys=None if packed is None else packed.keys,
             values=None if packed is None else packed.values,

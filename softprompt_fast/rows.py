@@ -109,6 +109,25 @@ def own_ranges(
     return padding_ranges(attention_mask)
 
 
+def static_ranges(
+    capacity: int, past: int | Tensor, length: int, own_end: Tensor | None, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where `length` new tokens of each row begin in a static cache that holds `past`, and where its own tokens end:
+    int32 ``query_start``, ``own_end`` ``[B]``.
+
+    Raises:
+        ValueError: they are more than `capacity` (looked for on the CPU).
+    """
+    if device.type == "cpu" and not torch.compiler.is_compiling() and int(past) + length > capacity:
+        raise ValueError(
+            f"past_key_values: a static cache of max_cache_len={capacity} can't hold {int(past)} cached "
+            f"and {length} new tokens"
+        )
+    query_start = torch.zeros(batch, dtype=torch.int32, device=device) + past
+    filled = query_start + length
+    return query_start, filled if own_end is None else torch.minimum(own_end, filled)
+
+
 def row_positions(
     given: Tensor | None,
     past: int | Tensor,

@@ -7,13 +7,18 @@ import importlib.metadata
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from softprompt_fast._io import atomic_path
 from softprompt_fast._version import __version__
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
+    from softprompt_fast.prompt import SoftPrompt
 
 
 def peak_memory() -> int | None:
@@ -29,7 +34,7 @@ def peak_memory() -> int | None:
 
 
 def collect(
-    *, settings: dict[str, Any], state: Any, prompt: Any, counts: dict[str, Any], **facts: Any
+    *, settings: dict[str, Any], state: TrainerState, prompt: SoftPrompt, counts: dict[str, Any], **facts: Any
 ) -> dict[str, Any]:
     """What ``report.json`` holds. Curves come from Trainer's log, which checkpoints carry: they cover every session of
     a resumed run. Times are seconds, memory bytes, losses nats a label.
@@ -75,6 +80,7 @@ _SCORES = ("loss", "accuracy", "row_accuracy")
 
 
 def table(result: dict[str, Any]) -> Table:
+    """What :func:`collect` gave, for a terminal."""
     shown = Table(show_header=False, title=f"{result['method']}, {result['num_virtual_tokens']} virtual tokens")
     train, validation = result["curve"]["train"], result["curve"]["validation"]
     shown.add_row("optimizer steps", f"{result['steps']} ({result['stopped']})")
