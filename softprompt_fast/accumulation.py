@@ -170,11 +170,11 @@ class GradientAccumulation:
     """
 
     more_follow: Callable[[], bool]
-    _open: _SharedRun | None = None
-    #: Handed to a loss whose backward has not run yet.
-    _pending: list[_SharedRun] = field(default_factory=list)
     #: Inside :meth:`window`.
-    explicit: bool = False
+    explicit: bool = field(default=False, init=False)
+    _open: _SharedRun | None = field(default=None, init=False)
+    #: Handed to a loss whose backward has not run yet.
+    _pending: list[_SharedRun] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         _LIVE.add(self)

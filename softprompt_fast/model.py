@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from softprompt_fast import expanded
 from softprompt_fast.accumulation import GradientAccumulation
@@ -886,5 +887,5 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return self
 
 
-def _labelled_states(out: Any, head: BaseHead, labelled: Tensor | None) -> LabelledStates:
+def _labelled_states(out: ModelOutput, head: BaseHead, labelled: Tensor | None) -> LabelledStates:
     return LabelledStates(out.last_hidden_state.flatten(0, 1)[labelled], head, out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +122,7 @@ class LabelledCall:
 
     def result(
         self,
-        out: Any,
+        out: LabelledStates | ModelOutput,
         terms: Terms,
         columns: int | Tensor,
         packed: Packed | None,
@@ -151,7 +150,7 @@ class LabelledCall:
         return type(out)(loss=loss, logits=None if self.chunked else out.logits, **fields)
 
     def _token_scores(
-        self, out: Any, terms: Terms, columns: int | Tensor, packed: Packed | None
+        self, out: LabelledStates | ModelOutput, terms: Terms, columns: int | Tensor, packed: Packed | None
     ) -> trainer.TokenScores:
         """Scores of the labels that own tokens predict, then of those that the prefixes do."""
         groups: list[tuple[Tensor, Tensor, Head | None]]

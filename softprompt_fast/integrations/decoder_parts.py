@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from softprompt_fast.bank import optimizer_steps
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range
+
+if TYPE_CHECKING:
+    from softprompt_fast.backends.cpu._linear import Norm
 
 _SLEEPING = "transformers.utils.output_capturing"
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -44,10 +47,10 @@ class LayerParts:
 
     attention: Any
     mlp: Any
-    norm: Any
-    q_norm: Any
-    k_norm: Any
-    mlp_norm: Any
+    norm: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
+    mlp_norm: Norm
     scale: float
     sliding_window: int | None
     softcap: float | None
@@ -110,8 +113,8 @@ class DecoderParts:
                 or type(x) not in (Tensor, nn.Parameter)
             ):
                 return f"it takes float32 tensors on the CPU, found {type(x).__name__} of {x.dtype} on {x.device}"
-        if embeds is not None and embeds.shape[2] != self.norm.weight.shape[0]:
-            return f"its embeddings have {self.norm.weight.shape[0]} features, found {embeds.shape[2]}"
+        if embeds is not None and embeds.shape[2] != self.embed.embedding_dim:
+            return f"its embeddings have {self.embed.embedding_dim} features, found {embeds.shape[2]}"
         if prefix and any(x.shape != (self.kv_heads, prefix[0].shape[1], self.head_dim) for x in prefix):
             return f"a prefix has {self.kv_heads} heads of {self.head_dim}, found another shape"
         return None
@@ -233,7 +236,7 @@ def _expect_children(what: str, module: nn.Module, *allowed: set[str]) -> None:
         raise UnservedError(f"{what} is not llama-like: it holds {names}")
 
 
-def _norm(module: Any, width: int | None = None) -> Any:
+def _norm(module: Any, width: int | None = None) -> Norm:
     """A norm module as the kernels take it, if it computes what they would."""
     from softprompt_fast.backends.cpu._linear import Norm
 

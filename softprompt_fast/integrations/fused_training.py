@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from softprompt_fast.backends import heuristics
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.decoder_parts import BaseState, DecoderParts, LayerParts, checked_rows
 from softprompt_fast.losses import first_derivative_only
+
+if TYPE_CHECKING:
+    from softprompt_fast.backends.cpu._linear import Norm
 
 #: ``gradient_checkpointing_enable`` has it mark the token embeddings as requiring grad, so that reentrant checkpoints
 #: have a graph. No layer of the base runs here, and a gradient of frozen embeddings would go nowhere.
@@ -319,7 +322,9 @@ class _Stack:
                 grad = torch.zeros_like(through).index_copy_(0, some, grad)
         return ops.norm_rows_backward(kept.x, through, layer.norm, out=grad), grad_prefix
 
-    def _heads(self, normed: Tensor, linear: nn.Linear, norm: Any, tokens: _Tokens) -> tuple[Tensor, Tensor | None]:
+    def _heads(
+        self, normed: Tensor, linear: nn.Linear, norm: Norm | None, tokens: _Tokens
+    ) -> tuple[Tensor, Tensor | None]:
         """Queries or keys, and what they were before their norm, if they have one."""
         head_dim, unnormed = self._parts.head_dim, None
         heads = _linear(self._ops, normed, linear)
@@ -329,7 +334,7 @@ class _Stack:
         self._ops.rotate_rows(heads, tokens.cos, tokens.sin, head_dim)
         return tokens.spread(heads, head_dim), unnormed
 
-    def _heads_backward(self, grad: Tensor, unnormed: Tensor | None, norm: Any, tokens: _Tokens) -> Tensor:
+    def _heads_backward(self, grad: Tensor, unnormed: Tensor | None, norm: Norm | None, tokens: _Tokens) -> Tensor:
         head_dim = self._parts.head_dim
         gathered = tokens.gather(grad)
         if gathered.data_ptr() == grad.data_ptr():
