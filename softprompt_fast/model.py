@@ -444,9 +444,16 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             {row: self._bank.version(row[0]) for row in distinct},
             (virtual_logits, next_logits, autocast),
             run,
-            lambda row: () if isinstance(prompt := self._bank[row[0]], PrefixKV) else prompt.parameters(),
+            self._trained_by,
             training=self.training,
         )
+
+    def _trained_by(self, row: RowPrompt) -> list[nn.Parameter]:
+        """What a gradient of a prompt's keys and values may reach: its own parameters, and the base's."""
+        prompt = self._bank[row[0]]
+        if isinstance(prompt, PrefixKV):
+            return []
+        return [*prompt.parameters(), *(self.base.parameters() if prompt.kind == "embedding" else ())]
 
     def _compile_rows(self, rows: list[RowPrompt], virtual_logits: bool, next_logits: bool) -> list[Compiled]:
         compiled: dict[RowPrompt, Compiled] = {}
