@@ -36,6 +36,7 @@ from softprompt_fast.losses import (
     Terms,
     causal_lm_terms,
     cpt_terms,
+    padding_columns,
     split_labels,
     visible_labels,
 )
@@ -600,7 +601,13 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         past = self._own_length(past_key_values, packed, index)
         if labels is None and own_start is None and attention_mask is not None:
             own_start, own_end = self._padding(attention_mask, batch, past, length)
-        terms = None if labels is None else self._terms(labels, own_start, packed, index, cpt, input_type_mask)
+        padding = padding_columns(length, own_start, own_end, past) if cpt or inputs_embeds is not None else None
+        if inputs_embeds is not None and padding is not None:
+            # No token sees them, but an attention weight of 0 times NaN is NaN.
+            inputs_embeds = inputs_embeds.masked_fill(padding[..., None], 0)
+        terms = None
+        if labels is not None:
+            terms = self._terms(labels, own_start, padding, packed, index, cpt, input_type_mask)
         head = self._head.serving() if skip_logits and self._runs_in_parts(kwargs) else None
         if terms is not None and skip_logits and self._why_expanded is None and not use_cache:
             kwargs["labelled"] = terms.positions
@@ -877,6 +884,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         self,
         labels: Tensor,
         own_start: Tensor | None,
+        padding: Tensor | None,
         packed: Packed | None,
         index: Tensor | None,
         cpt: bool,
@@ -893,7 +901,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             prompt = self._bank[name]
             assert isinstance(prompt, SoftPrompt)
             types = None if input_type_mask is None else input_type_mask[rows]
-            groups.append((rows, *prompt.cpt_targets(labels[rows], types)))
+            none = None if padding is None else padding[rows]
+            groups.append((rows, *prompt.cpt_targets(labels[rows], types, none)))
         return cpt_terms(labels, own_start, groups)
 
     def _token_scores(
