@@ -960,6 +960,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     def _forward_expanded(self, **kwargs: Any) -> Any:
         packed, index, cache = kwargs["packed"], kwargs["index"], kwargs["cache"]
         given = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
+        if packed is not None and hooks.drops_cache(self.base):
+            raise ValueError(_CACHE_IS_DROPPED)  # and with it the prefix
         if cache is not None:
             claim_rows(cache, packed, index, None, None, given.shape[0], cache.get_seq_length())
         out = expanded.forward(self.base, **kwargs)
