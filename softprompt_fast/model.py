@@ -631,7 +631,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             **kwargs,
         )
         if own_start is not None and isinstance(past, int) and past == 0 and not skip_logits:
-            self._predict_empty_rows(out, packed, index, own_start, own_end, length)
+            self._predict_empty_rows(out, packed, index, own_start, own_end, length, labels is None)
         if terms is not None:
             states = out if isinstance(out, LabelledStates) else None
             if states is None and head is not None:
@@ -842,8 +842,10 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         own_start: Tensor,
         own_end: Tensor | None,
         length: int,
+        required: bool,
     ) -> None:
-        """A row with no own token: what follows is predicted by its last virtual token."""
+        """A row with no own token: what follows is predicted by its last virtual token. Where it has none, that is an
+        error if a prediction is `required`; a loss needs none."""
         empty = own_start >= (length if own_end is None else own_end)
         if torch.compiler.is_compiling() or not bool(empty.any()):
             return
@@ -851,6 +853,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         for row in empty.nonzero().squeeze(1).tolist():
             place = -1 if packed is None else 0 if index is None else int(index[row])
             predicted = None if packed is None or place < 0 else packed.next_logits[place]
+            if predicted is None and not required:
+                continue
             if predicted is None:
                 why = "no prompt"
                 if packed is not None and place >= 0:

@@ -353,6 +353,22 @@ def test_packed_cpt_is_each_segment_alone() -> None:
     check(loss, expected, prompt.delta_embedding.weight)
 
 
+def test_cpt_weights_do_not_depend_on_padding(oracle: Oracle) -> None:
+    """A type that stands in padding, or a row that is nothing else, is no group of labels that others decay by."""
+    model, prompt = trainable_model("CPT", opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
+    rows = [ROWS[0], ROWS[0][:0], ROWS[3]]
+    ids, mask = pad_rows(rows, "right")
+    types = torch.where(mask.bool(), 4, 8)
+    types[2] = torch.where(mask[2].bool(), 2, 4)  # no label among its own tokens
+    loss = model(ids, attention_mask=mask, labels=ids, input_type_mask=types).loss
+    terms = []
+    for row, own in zip(rows, types, strict=True):
+        targets, weights = (x[0, 1:] for x in prompt.cpt_targets(row[None], own[None, : len(row)]))
+        each = cross_entropy(oracle.logits(row, prompt)[:-1], targets, reduction="none", ignore_index=IGNORE)
+        terms += (weights * each)[targets != IGNORE].unbind()
+    check(loss, mean(terms), prompt.delta_embedding.weight)
+
+
 def test_packed_rows_that_cannot_be_served() -> None:
     model, _ = trainable_model()
     ids, positions, mask = packed_batch()
@@ -396,6 +412,17 @@ def test_checkpointing_changes_neither_loss_nor_gradient(method: str, family: st
         torch.testing.assert_close(step(), plain, rtol=1e-6, atol=1e-7)
         disable()
         assert not model.is_gradient_checkpointing and not model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_checkpointing_that_would_drop_an_expanded_prefix_is_refused(method: str) -> None:
+    model, prompt = trainable_model(method, "bloom")
+    model.gradient_checkpointing_enable()
+    for trains in (True, False):
+        prompt.requires_grad_(trains)
+        with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+            model(ROWS[1][None], labels=ROWS[1][None])
+    assert model(ROWS[1][None], labels=ROWS[1][None], prompt=None).loss > 0
 
 
 def test_layers_run_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,6 +560,41 @@ def test_rows_of_only_padding_contribute_nothing(family: str, side: str) -> None
     nothing = model(ids[1:2], attention_mask=mask[1:2], labels=ids[1:2]).loss
     nothing.backward()
     assert nothing.item() == 0.0 and not prompt.embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_only_padding_in_an_evaluation(family: str) -> None:
+    """Nothing predicts its first token, and no loss needs that."""
+    model, _ = trainable_model("PREFIX_TUNING", family)
+    ids, mask = pad_rows([ROWS[0], ROWS[0][:0]], "right")
+    with torch.no_grad():
+        expected = model.eval()(ids[:1], labels=ids[:1]).loss
+        out = model(ids, attention_mask=mask, labels=ids)
+    torch.testing.assert_close(out.loss, expected)
+    assert out.logits.shape[:2] == ids.shape
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nan_in_padding_embeddings_reaches_nothing(
+    family: str, side: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setenv(PACK_VARIABLE, "0")
+    model, prompt = trainable_model(family=family)
+    ids, mask = pad_rows(ROWS, side)
+    embeds = model.get_input_embeddings()(ids).detach()
+    expected = model(inputs_embeds=embeds, attention_mask=mask, labels=ids).loss
+    poisoned = embeds.masked_fill(mask[..., None] == 0, float("nan")).requires_grad_()
+    loss = model(inputs_embeds=poisoned, attention_mask=mask, labels=ids).loss
+    check(loss, expected, prompt.embedding.weight)
+    loss = model(inputs_embeds=poisoned, attention_mask=mask, labels=ids).loss
+    (of_embeds,) = torch.autograd.grad(loss, poisoned)
+    assert of_embeds[mask.bool()].any() and not of_embeds[~mask.bool()].any() and not of_embeds.isnan().any()
+    with torch.no_grad():
+        logits = model.eval()(inputs_embeds=poisoned, attention_mask=mask).logits
+    assert not logits[mask.bool()].isnan().any()
 
 
 @pytest.mark.parametrize("frozen_prompt", [False, True])
