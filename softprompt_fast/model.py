@@ -277,6 +277,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             embeds = prompt.embeddings()[None]
         else:
             embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=self.device))
+        if self._limit is not None:
+            self._check_positions(embeds.shape[1], embeds.shape[1])
         # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
         embeds = embeds.to(self.device, self.dtype, copy=True)
         keys, values, logits = self._run_prompt(embeds, all_logits, next_logits)
@@ -602,9 +604,12 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if labels is None and own_start is None and attention_mask is not None:
             own_start, own_end = self._padding(attention_mask, batch, past, length)
         padding = padding_columns(length, own_start, own_end, past) if cpt or inputs_embeds is not None else None
-        if inputs_embeds is not None and padding is not None:
-            # No token sees them, but an attention weight of 0 times NaN is NaN.
-            inputs_embeds = inputs_embeds.masked_fill(padding[..., None], 0)
+        if inputs_embeds is not None:
+            # A copy, because some families (ctrl) scale what they are given in place. No token sees the padding, but
+            # an attention weight of 0 times NaN is NaN.
+            inputs_embeds = (
+                inputs_embeds.clone() if padding is None else inputs_embeds.masked_fill(padding[..., None], 0)
+            )
         terms = None
         if labels is not None:
             terms = self._terms(labels, own_start, padding, packed, index, cpt, input_type_mask)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import (
     FAMILIES,
+    MAX_POSITIONS,
     VOCAB_SIZE,
     Oracle,
     assert_same_logits,
@@ -36,6 +37,7 @@ from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel
 from softprompt_fast.backends import heuristics
 from softprompt_fast.errors import AdapterError
 from softprompt_fast.integrations.fused_decoder import PACK_VARIABLE
+from tests import families
 from tests.device import cpu_only, randint, seeded
 
 IGNORE = -100
@@ -369,6 +371,45 @@ def test_cpt_weights_do_not_depend_on_padding(oracle: Oracle) -> None:
     check(loss, mean(terms), prompt.delta_embedding.weight)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_positions_of_single_rows_on_the_expanded_path(family: str, padded: bool) -> None:
+    """Positions that only say what a row's columns do, as a packing collator gives them for a row of one segment."""
+    base = make_base(family) if family in FAMILIES else families.FAMILIES[family].make()
+    model, prompt = SoftPromptModel(base).train(), make_prompt(base)
+    model.add_prompt("t", prompt)
+    assert model.explain().layers[0].path == "expanded prefix"
+    ids, mask = pad_rows(ROWS if padded else [ROWS[1]], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    calls: dict[str, Any] = {"attention_mask": mask, "labels": ids}
+    expected = model(ids, **calls).loss
+    check(model(ids, position_ids=positions, **calls).loss, expected, prompt.embedding.weight)
+    apart = torch.where(mask.bool(), positions * 2, 0)
+    if family == "bloom":
+        with pytest.raises(ValueError, match="position_ids: BloomForCausalLM counts positions itself"):
+            model(ids, position_ids=apart, **calls)
+        return
+    rows = [base.get_input_embeddings()(row) for row in (ROWS if padded else [ROWS[1]])]
+    terms = []
+    for row, embeds in zip(ROWS if padded else [ROWS[1]], rows, strict=True):
+        at = torch.cat([torch.arange(5), 5 + 2 * torch.arange(len(row))])[None]
+        logits = base(inputs_embeds=torch.cat([prompt.embeddings(), embeds])[None], position_ids=at).logits[0]
+        terms += cross_entropy(logits[4:-1], row, reduction="none").unbind()
+    check(model(ids, position_ids=apart, **calls).loss, mean(terms), prompt.embedding.weight)
+
+
+def test_given_embeddings_are_left_as_they_are() -> None:
+    """ctrl scales what it is given in place."""
+    base = families.FAMILIES["ctrl"].make()
+    model = SoftPromptModel(base).eval()
+    model.add_prompt("t", make_prompt(base))
+    embeds = base.get_input_embeddings()(ROWS[1][None])
+    before = embeds.clone()
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+    assert torch.equal(embeds, before)
+
+
 def test_packed_rows_that_cannot_be_served() -> None:
     model, _ = trainable_model()
     ids, positions, mask = packed_batch()
@@ -621,3 +662,13 @@ def test_a_prompt_that_became_nan_shows_in_the_loss(method: str) -> None:
     with torch.no_grad():
         next(p for p in prompt.parameters() if p.requires_grad)[0, 0] = float("nan")
     assert model(ROWS[1][None], labels=ROWS[1][None]).loss.isnan()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_prompt_longer_than_the_bases_positions(family: str) -> None:
+    base = make_base(family)
+    model = SoftPromptModel(base).train()
+    model.add_prompt("t", make_prompt(base, length=MAX_POSITIONS + 1))
+    ids = ROWS[2][None]
+    with pytest.raises(ValueError, match=f"{MAX_POSITIONS + 1} virtual and 0 own tokens need"):
+        model(ids, labels=ids)
