@@ -25,6 +25,9 @@ from softprompt_fast.bank import Compiled, RowPrompt
 
 logger = logging.getLogger("softprompt_fast")
 
+#: What a gradient holds while all of it is parked: a zero that scaling (clipping) keeps, and ``zero_()`` doesn't.
+_UNTOUCHED = -0.0
+
 
 def _mapped(compiled: Compiled, change: Callable[[Tensor], Tensor]) -> Compiled:
     def optional(tensor: Tensor | None) -> Tensor | None:
@@ -80,7 +83,9 @@ class _SharedRun:
             for parameter in self._parameters:
                 # As after a backward pass. It also shows a zero_grad(), which has to reach what is parked here too.
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.empty_like(parameter).fill_(_UNTOUCHED)
+                elif not parameter.grad.any():
+                    parameter.grad.fill_(_UNTOUCHED)
                 self._gradients.append((parameter, parameter.grad, parameter.grad._version))
 
     def was_zeroed(self) -> bool:
@@ -90,7 +95,7 @@ class _SharedRun:
             now = parameter.grad
             if now is None:
                 return True
-            return (now is not gradient or now._version != version) and not bool(now.any())
+            return (now is not gradient or now._version != version) and not bool(now.any() | now.signbit().any())
 
         return self.parked and all(zeroed(*known) for known in self._gradients)
 
@@ -211,6 +216,7 @@ class GradientAccumulation:
             parameters: a prompt's own.
             training: whether the call is one whose announced micro-batches count.
         """
+        self._forget_zeroed()
         rows = list(prompts)
         follows = self.explicit or (training and self.more_follow())
         if not (follows or (training and self._open is not None)):
@@ -229,18 +235,22 @@ class GradientAccumulation:
             return run.detached(keys)
         # A second call before this one's backward has to run its prompts anew: a graph is differentiated once.
         self._open = None
-        self._pending = [each for each in self._pending if each.parked] + [run]
+        self._pending.append(run)
         return run.connected(keys)
 
     def _current(self, prompts: Mapping[RowPrompt, int]) -> _SharedRun | None:
         """The open run, if it still holds for `prompts`."""
         run = self._open
-        if run is not None and run.was_zeroed():
-            run = self._open = None
-        elif run is not None and any(run.versions.get(row, version) != version for row, version in prompts.items()):
+        if run is not None and any(run.versions.get(row, version) != version for row, version in prompts.items()):
             self._finish()
             run = None
         return run
+
+    def _forget_zeroed(self) -> None:
+        """Drop what a ``zero_grad()`` was for, before new gradients hide that there was one."""
+        if self._open is not None and self._open.was_zeroed():
+            self._open = None
+        self._pending = [run for run in self._pending if run.parked and not run.was_zeroed()]
 
     def _finish(self) -> None:
         run, self._open = self._open, None

@@ -35,6 +35,7 @@ class PromptCompiler:
         self._fused = fused
         self._backend = backend
         self._is_expanded = is_expanded
+        self._limit = hooks.position_limit(base)
         self._lock = threading.Lock()
         self._fingerprint: str | None = None
 
@@ -84,6 +85,8 @@ class PromptCompiler:
             embeds = prompt.embeddings()[None]
         else:
             embeds = prompt.embeddings(task_ids=torch.tensor(tasks, device=device))
+        if self._limit is not None:
+            self._limit.check(embeds.shape[1], embeds.shape[1])
         # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
         embeds = embeds.to(device, dtype, copy=True)
         keys, values, logits = self._pass(embeds, all_logits, next_logits)

@@ -10,6 +10,7 @@ length, because its next token takes the next column.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -55,13 +56,18 @@ def forward(
     use_cache: bool,
     logits_to_keep: int | Tensor,
     decoder: nn.Module | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """One pass, row groups one after another; logits come back at their own columns. With a `decoder`, a part of
     `base`, that runs alone: its ``last_hidden_state`` comes back so.
 
+    Args:
+        position_ids: int64 ``[1 or B, S]``, positions among own tokens; None: counted from each row's first.
+
     Raises:
-        ValueError: options that only one unpadded group can serve (a cache handed in, hidden states).
+        ValueError: options that only one unpadded group can serve (a cache handed in, hidden states); positions that
+            don't count up from a row's first token, of a base that takes none.
     """
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
@@ -85,6 +91,10 @@ def forward(
         mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
         if decoder is None:
             kwargs["logits_to_keep"] = logits_to_keep
+        if position_ids is not None:
+            kwargs |= _positions(
+                base, position_ids.cpu(), _length(packed, place), torch.arange(length, device="cpu") + past
+            )
         return run(
             **{name: given},
             attention_mask=mask,
@@ -104,11 +114,18 @@ def forward(
         prefix = expanded_cache(packed, place, len(rows), base.dtype)
         past = prefix.get_seq_length()
         mask = pad(real.long(), (past, 0), value=1).to(given.device)
+        placed: dict[str, Tensor] = {}
+        if position_ids is not None:
+            asked = position_ids.cpu().expand(batch, -1)[rows[:, None], source]
+            # What stands behind a row's last token is seen by nobody: its column does for a position.
+            asked = torch.where(real, asked, column)
+            placed = _positions(base, asked, past, column + past)
         out = run(
             **{name: tokens},
             attention_mask=mask,
             past_key_values=prefix if past else None,
             use_cache=past > 0,
+            **placed,
             **kwargs,
         )
         pieces.append((rows[:, None].expand_as(source)[real], source[real], out[field][real.to(given.device)]))
@@ -176,7 +193,7 @@ def generate(
     for (place, own), members in groups.items():
         rows = torch.tensor(members, device=input_ids.device)
         ids = input_ids[rows][mask[rows] != 0].view(len(members), own)
-        virtual = 0 if packed is None or place < 0 else packed.lengths[place]
+        virtual = _length(packed, place)
         if own == 0:
             embeds = None if packed is None or place < 0 else prompt_embeddings(packed.prompts[place])
             if embeds is None:
@@ -226,6 +243,25 @@ def expanded_cache(
         for layer, (key, value) in enumerate(packed.floating(place, dtype)):
             cache.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
     return cache
+
+
+def _length(packed: Packed | None, place: int) -> int:
+    return 0 if packed is None or place < 0 else packed.lengths[place]
+
+
+def _positions(base: PreTrainedModel, asked: Tensor, virtual: int, columns: Tensor) -> dict[str, Tensor]:
+    """The argument that has `base` place own tokens at `asked` ``[rows, S]``, behind `virtual` tokens; none where that
+    is their place in the cache (`columns` ``[S]``), which every base knows.
+
+    Raises:
+        ValueError: it is another place, and `base` takes no positions.
+    """
+    positions = asked + virtual
+    if bool((positions == columns).all()):
+        return {}
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ValueError(f"position_ids: {type(base).__name__} counts positions itself, from a row's first token on")
+    return {"position_ids": positions.to(base.device)}
 
 
 def _groups(packed: Packed | None, index: Tensor | None, batch: int) -> dict[int, Tensor]:

@@ -23,17 +23,27 @@ from softprompt_fast.backends import heuristics
 IGNORE = -100
 
 
+def padding_columns(
+    length: int, own_start: Tensor | None, own_end: Tensor | None, past: int | Tensor = 0
+) -> Tensor | None:
+    """Which of `length` columns, the first of them a row's token number `past`, are none of a row's own tokens
+    ``[own_start, own_end)``: bool ``[B, length]``; None where neither end is given and so nothing is padding."""
+    bounds = [x for x in (own_start, own_end) if x is not None]
+    if not bounds:
+        return None
+    column = torch.arange(length, device=bounds[0].device) + past
+    outside = torch.zeros(len(bounds[0]), length, dtype=torch.bool, device=bounds[0].device)
+    if own_start is not None:
+        outside |= column < own_start[:, None]
+    if own_end is not None:
+        outside |= column >= own_end[:, None]
+    return outside
+
+
 def visible_labels(labels: Tensor, own_start: Tensor | None, own_end: Tensor | None) -> Tensor:
     """`labels` ``[B, S]`` with everything outside a row's own tokens set to -100."""
-    if own_start is None and own_end is None:
-        return labels
-    column = torch.arange(labels.shape[1], device=labels.device)
-    inside = torch.ones_like(labels, dtype=torch.bool)
-    if own_start is not None:
-        inside &= column >= own_start[:, None]
-    if own_end is not None:
-        inside &= column < own_end[:, None]
-    return labels.masked_fill(~inside, IGNORE)
+    outside = padding_columns(labels.shape[1], own_start, own_end)
+    return labels if outside is None else labels.masked_fill(outside, IGNORE)
 
 
 def split_labels(labels: Tensor, own_start: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from softprompt_fast.integrations import probe, trainer
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
 from softprompt_fast.integrations.head import BaseHead, LazyHead, vocab_size
-from softprompt_fast.losses import Terms
+from softprompt_fast.losses import Terms, padding_columns
 from softprompt_fast.packing import SEGMENT_ARGUMENTS, find_segments
 from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import SoftPrompt
@@ -330,9 +330,16 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             {row: self._bank.version(row[0]) for row in distinct},
             (virtual_logits, next_logits, autocast),
             run,
-            lambda row: () if isinstance(prompt := self._bank[row[0]], PrefixKV) else prompt.parameters(),
+            self._trained_by,
             training=self.training,
         )
+
+    def _trained_by(self, row: RowPrompt) -> list[nn.Parameter]:
+        """What a gradient of a prompt's keys and values may reach: its own parameters, and the base's."""
+        prompt = self._bank[row[0]]
+        if isinstance(prompt, PrefixKV):
+            return []
+        return [*prompt.parameters(), *(self.base.parameters() if prompt.kind == "embedding" else ())]
 
     def _compile_rows(self, rows: list[RowPrompt], virtual_logits: bool, next_logits: bool) -> list[Compiled]:
         compiled: dict[RowPrompt, Compiled] = {}
@@ -484,11 +491,20 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         past = self._own_length(past_key_values, packed, index)
         if call is None and own_start is None and attention_mask is not None:
             own_start, own_end = own_ranges(attention_mask, batch, past, length)
+        padding = None
+        if inputs_embeds is not None or (call is not None and call.cpt):
+            padding = padding_columns(length, own_start, own_end, past)
+        if inputs_embeds is not None:
+            # A copy, because some families (ctrl) scale what they are given in place. No token sees the padding, but
+            # an attention weight of 0 times NaN is NaN.
+            inputs_embeds = (
+                inputs_embeds.clone() if padding is None else inputs_embeds.masked_fill(padding[..., None], 0)
+            )
         terms: Terms | None = None
         labelled: Tensor | None = None  # where hidden states are enough
         head: BaseHead | None = None
         if call is not None:
-            terms = call.terms(packed, index, self._bank.__getitem__, input_type_mask)
+            terms = call.terms(packed, index, self._bank.__getitem__, padding, input_type_mask)
             if call.chunked:
                 labelled = terms.positions
                 head = self._head.serving() if self._runs_in_parts(kwargs) else None
@@ -511,7 +527,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             **kwargs,
         )
         if own_start is not None and isinstance(past, int) and past == 0 and labelled is None:
-            predict_empty_rows(out, packed, index, own_start, own_end, length)
+            predict_empty_rows(out, packed, index, own_start, own_end, length, required=call is None)
         if call is not None and terms is not None:
             out = call.result(out, terms, logits_to_keep, packed, num_items_in_batch)
         return out.to_tuple() if return_dict is False else out
@@ -633,6 +649,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     def _forward_expanded(self, *, head: BaseHead | None, labelled: Tensor | None, **kwargs: Any) -> Any:
         packed, index, cache = kwargs["packed"], kwargs["index"], kwargs["cache"]
         given = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
+        if packed is not None and hooks.drops_cache(self.base):
+            raise ValueError(_CACHE_IS_DROPPED)  # and with it the prefix
         if cache is not None:
             claim_rows(cache, packed, index, None, None, given.shape[0], cache.get_seq_length())
         out = expanded.forward(self.base, decoder=None if head is None else head.decoder, **kwargs)

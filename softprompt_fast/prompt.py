@@ -321,7 +321,9 @@ class SoftPrompt(nn.Module):
         """
         raise TypeError(f"{self.method} learns embeddings, not keys and values: use embeddings()")
 
-    def cpt_targets(self, labels: Tensor, input_type_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def cpt_targets(
+        self, labels: Tensor, input_type_mask: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """CPT's own loss: see `ContextAwarePromptTuning.cpt_targets`.
 
         Raises:
@@ -622,7 +624,9 @@ class ContextAwarePromptTuning(_EmbeddingPrompt):
         scale = torch.where(norms > 0, radii / torch.maximum(norms, radii), 1.0)
         return delta * scale.to(delta.dtype)[:, None]
 
-    def cpt_targets(self, labels: Tensor, input_type_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def cpt_targets(
+        self, labels: Tensor, input_type_mask: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Targets and weights of CPT's loss over virtual and own tokens.
 
         With logits of all P + S positions, PEFT's loss is::
@@ -636,6 +640,7 @@ class ContextAwarePromptTuning(_EmbeddingPrompt):
         Args:
             labels: int64 `[B, S]`, -100 where there is none.
             input_type_mask: `[B, S]` token types of the own tokens, in fours as above; all 4 (label) if None.
+            padding: bool `[B, S]`, columns that are no own token and so of no type; None: there are none.
 
         Returns:
             targets: int64 `[B, P+S]`, -100 where no term is due. weights: fp32 `[B, P+S]`, 0 there.
@@ -650,6 +655,8 @@ class ContextAwarePromptTuning(_EmbeddingPrompt):
             raise ValueError(
                 f"input_type_mask: expected the shape of labels, {list(labels.shape)}, found {list(own_types.shape)}"
             )
+        if padding is not None:
+            own_types = own_types.masked_fill(padding, 0)
         prompt_types = self._types(labels.device)
         last = max(self.config["cpt_tokens_type_mask"])
         if input_type_mask is None and last % 4:

@@ -161,12 +161,17 @@ def predict_empty_rows(
     own_start: Tensor,
     own_end: Tensor | None,
     length: int,
+    *,
+    required: bool,
 ) -> None:
     """Where a row has no own token, what follows is predicted by its last virtual token: written to the last column of
     ``out.logits`` ``[B, C, V]``.
 
+    Args:
+        required: whether it is an error that nothing predicts it; a loss needs no such prediction.
+
     Raises:
-        ValueError: nothing predicts it.
+        ValueError: nothing predicts it, and it is `required`.
     """
     empty = own_start >= (length if own_end is None else own_end)
     if torch.compiler.is_compiling() or not bool(empty.any()):
@@ -175,6 +180,8 @@ def predict_empty_rows(
     for row in empty.nonzero().squeeze(1).tolist():
         place = -1 if packed is None else 0 if index is None else int(index[row])
         predicted = None if packed is None or place < 0 else packed.next_logits[place]
+        if predicted is None and not required:
+            continue
         if predicted is None:
             why = "no prompt"
             if packed is not None and place >= 0:

@@ -98,6 +98,7 @@ class LabelledCall:
         packed: Packed | None,
         index: Tensor | None,
         prompt_of: Callable[[str], SoftPrompt | PrefixKV],
+        padding: Tensor | None,
         input_type_mask: Tensor | None,
     ) -> Terms:
         """What the loss sums; CPT's is its own (formula: ``SoftPrompt.cpt_targets``).
@@ -105,6 +106,7 @@ class LabelledCall:
         Args:
             index: int32 ``[B]``, each row's prefix in `packed`, -1 for none; None: all rows have the only one.
             prompt_of: the prompt of a name.
+            padding: bool ``[B, S]``, the columns that are no own tokens (for CPT); None: there are none.
             input_type_mask: int ``[B, S]``, CPT's token types; None: all labels count.
         """
         if packed is None or not self.cpt:
@@ -117,7 +119,8 @@ class LabelledCall:
             prompt = prompt_of(name)
             assert isinstance(prompt, SoftPrompt)
             types = None if input_type_mask is None else input_type_mask[rows]
-            groups.append((rows, *prompt.cpt_targets(self.labels[rows], types)))
+            unused = None if padding is None else padding[rows]
+            groups.append((rows, *prompt.cpt_targets(self.labels[rows], types, unused)))
         return cpt_terms(self.labels, self.own_start, groups)
 
     def result(

@@ -340,3 +340,73 @@ def test_checkpointing() -> None:
         for batch in micro_batches():
             (model(**batch).loss / 3).backward()
     assert_equal(gradients(prompt), expected)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_step_given_up_leaves_nothing_behind(mode: str) -> None:
+    """The last micro-batch's loss is thrown away (NaN, say), gradients are zeroed, and the loop goes on."""
+    model, prompt = make_trained()
+    batches = micro_batches()
+    expected = plain(model, prompt, batches)
+    optimizer = SGD(prompt.parameters(), lr=0.0)
+    with announcing(model) as announce:
+        announce(True)
+        model(**batches[0]).loss.backward()
+        announce(False)
+        if mode == "train":
+            model(**batches[1])
+        optimizer.zero_grad()
+        model.train(mode == "train")
+        for i, batch in enumerate(batches):
+            announce(i < 2)
+            (model(**batch).loss / 3).backward()
+    optimizer.step()
+    assert_equal(gradients(prompt), expected)
+
+
+@pytest.mark.parametrize("zeros_before", [True, False])
+def test_gradients_scaled_in_between_are_not_taken_for_zeroed_ones(zeros_before: bool) -> None:
+    model, prompt = make_trained("P_TUNING")
+    expected = plain(model, prompt, micro_batches())
+    if zeros_before:
+        for parameter in prompt.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    with model.accumulate_gradients():
+        for batch in micro_batches():
+            (model(**batch).loss / 3).backward()
+            nn.utils.clip_grad_norm_(prompt.parameters(), 1.0)
+    assert_equal(gradients(prompt), expected)
+
+
+@pytest.mark.parametrize("frozen_prompt", [True, False])
+def test_a_base_that_is_trained_as_well(frozen_prompt: bool) -> None:
+    base = make_base().requires_grad_(True)
+    model, prompt = SoftPromptModel(base, freeze_base=False).train(), make_prompt(base)
+    model.add_prompt("t", prompt.requires_grad_(not frozen_prompt))
+    expected = plain(model, model, micro_batches())
+    with model.accumulate_gradients():
+        for batch in micro_batches():
+            (model(**batch).loss / 3).backward()
+    found = gradients(model)
+    # The embeddings of tokens that no row holds, and so on, have gradients of zero.
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_the_base_in_between() -> None:
+    """The prompts' backward runs before it, with the weights that their forward ran with."""
+
+    def train(accumulates: bool) -> list[Tensor]:
+        base = make_base().requires_grad_(True)
+        model = SoftPromptModel(base, freeze_base=False).train()
+        model.add_prompt("t", make_prompt(base))
+        optimizer = SGD(base.parameters(), lr=0.1)
+        with model.accumulate_gradients() if accumulates else contextlib.nullcontext():
+            for batch in micro_batches():
+                model(**batch).loss.backward()
+                optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for found, expected in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

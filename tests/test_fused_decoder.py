@@ -341,10 +341,10 @@ def _add_hidden(model: SoftPromptModel) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[SoftPromptModel], Any], str]] = {
-    "hook": (lambda m: m.base.model.layers[0].register_forward_hook(_add_one), "has forward hooks"),
+    "hook": (lambda m: m.base.model.layers[0].register_forward_hook(_add_one), "has hooks"),
     "pre-hook": (
         lambda m: m.base.lm_head.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
-        "has forward hooks",
+        "has hooks",
     ),
     "LoRA": (_lora, "were replaced"),
     "forward of its own": (_patch_forward, "has a forward of its own"),
@@ -393,7 +393,7 @@ def test_a_hook_that_is_there_first_only_delays(passes: list[torch.Size]) -> Non
     model = make_model()
     handle = model.base.model.layers[0].register_forward_hook(lambda *_: None)
     model(ROWS[1][None], prompt="a")
-    assert not passes and "has forward hooks" in model.explain().layers[0].reason
+    assert not passes and "has hooks" in model.explain().layers[0].reason
     handle.remove()
     assert model.explain().layers[0].path == "shared prefix, fused decoder"
 

@@ -378,6 +378,39 @@ def test_graphs_behave_as_pytorchs() -> None:
     assert not any(x.requires_grad for x in (*keys, *values, hidden))
 
 
+@pytest.mark.parametrize("changes", ["in place", "moved", "another dtype"])
+def test_weights_that_change_before_the_backward_pass(changes: str) -> None:
+    """They are not saved for it but read again: an error, as in PyTorch, and no wrong gradient."""
+    model = trained()
+    ids, mask = pad_rows(ROWS, "left")
+    out = model(ids, attention_mask=mask, labels=ids, return_logits=False)
+    predicted = model._select("t", None, 1)[0].next_logits[0]
+    weight = model.base.model.layers[1].mlp.down_proj.weight
+    if changes == "in place":
+        with torch.no_grad():
+            weight.mul_(2)
+    elif changes == "moved":
+        weight.data = 2 * weight.data
+    else:
+        model.to(torch.float64)
+    for result in (out.loss, predicted.sum()):
+        with pytest.raises(RuntimeError, match="the base's weights changed between the forward and the backward pass"):
+            result.backward()
+
+
+def test_rows_of_one_token() -> None:
+    """All at one position, whose rotation they share."""
+    model, plain = trained(), trained()
+    plain._fused._training_plan = "switched off by a test"
+    ids = torch.tensor([[3], [4], [5]])
+
+    def step(model: SoftPromptModel) -> list[Tensor]:
+        loss = model(ids, labels=ids).loss
+        return [loss.detach(), torch.autograd.grad(loss, model.get_prompt("t").embedding.weight)[0]]
+
+    assert_close(step(model), step(plain))
+
+
 # ---- which bases and calls ------------------------------------------------------------------------------------------
 
 
@@ -440,6 +473,10 @@ def _hooked(model: SoftPromptModel) -> Any:
     return model.base.model.layers[0].register_forward_hook(lambda *args: None)
 
 
+def _hooked_backward(model: SoftPromptModel) -> Any:
+    return model.base.model.layers[0].register_full_backward_hook(lambda *args: None)
+
+
 def _trainable(model: SoftPromptModel) -> None:
     model.base.lm_head.weight.requires_grad_(True)
 
@@ -456,13 +493,14 @@ def _changed(model: SoftPromptModel) -> None:
 @pytest.mark.parametrize(
     ("change", "context", "reason"),
     [
-        (_hooked, nullcontext, "a module of the base has forward hooks"),
+        (_hooked, nullcontext, "a module of the base has hooks"),
+        (_hooked_backward, nullcontext, "a module of the base has hooks"),
         (_trainable, nullcontext, "weights of the base require grad"),
         (_replaced, nullcontext, "modules of the base were replaced"),
         (_changed, nullcontext, "the base's weights changed"),
         (None, lambda: FlopCounterMode(display=False), ""),
     ],
-    ids=["hooks", "trainable base", "replaced module", "changed weights", "dispatch mode"],
+    ids=["hooks", "backward hooks", "trainable base", "replaced module", "changed weights", "dispatch mode"],
 )
 def test_steps_aside(
     change: Any, context: Any, reason: str, passes: list[str], caplog: pytest.LogCaptureFixture

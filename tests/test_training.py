@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import (
     FAMILIES,
+    MAX_POSITIONS,
     VOCAB_SIZE,
     Oracle,
     assert_same_logits,
@@ -36,6 +37,7 @@ from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel
 from softprompt_fast.backends import heuristics
 from softprompt_fast.errors import AdapterError
 from softprompt_fast.integrations.fused_decoder import PACK_VARIABLE
+from tests import families
 from tests.device import cpu_only, randint, seeded
 
 IGNORE = -100
@@ -369,6 +371,61 @@ def test_token_scores_of_packed_rows() -> None:
     assert all(relative_error(*pair) <= 1e-5 for pair in zip(*gradients, strict=True))
 
 
+def test_cpt_weights_do_not_depend_on_padding(oracle: Oracle) -> None:
+    """A type that stands in padding, or a row that is nothing else, is no group of labels that others decay by."""
+    model, prompt = trainable_model("CPT", opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
+    rows = [ROWS[0], ROWS[0][:0], ROWS[3]]
+    ids, mask = pad_rows(rows, "right")
+    types = torch.where(mask.bool(), 4, 8)
+    types[2] = torch.where(mask[2].bool(), 2, 4)  # no label among its own tokens
+    loss = model(ids, attention_mask=mask, labels=ids, input_type_mask=types).loss
+    terms = []
+    for row, own in zip(rows, types, strict=True):
+        targets, weights = (x[0, 1:] for x in prompt.cpt_targets(row[None], own[None, : len(row)]))
+        each = cross_entropy(oracle.logits(row, prompt)[:-1], targets, reduction="none", ignore_index=IGNORE)
+        terms += (weights * each)[targets != IGNORE].unbind()
+    check(loss, mean(terms), prompt.delta_embedding.weight)
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_positions_of_single_rows_on_the_expanded_path(family: str, padded: bool) -> None:
+    """Positions that only say what a row's columns do, as a packing collator gives them for a row of one segment."""
+    base = make_base(family) if family in FAMILIES else families.FAMILIES[family].make()
+    model, prompt = SoftPromptModel(base).train(), make_prompt(base)
+    model.add_prompt("t", prompt)
+    assert model.explain().layers[0].path == "expanded prefix"
+    ids, mask = pad_rows(ROWS if padded else [ROWS[1]], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    calls: dict[str, Any] = {"attention_mask": mask, "labels": ids}
+    expected = model(ids, **calls).loss
+    check(model(ids, position_ids=positions, **calls).loss, expected, prompt.embedding.weight)
+    apart = torch.where(mask.bool(), positions * 2, 0)
+    if family == "bloom":
+        with pytest.raises(ValueError, match="position_ids: BloomForCausalLM counts positions itself"):
+            model(ids, position_ids=apart, **calls)
+        return
+    rows = [base.get_input_embeddings()(row) for row in (ROWS if padded else [ROWS[1]])]
+    terms = []
+    for row, embeds in zip(ROWS if padded else [ROWS[1]], rows, strict=True):
+        at = torch.cat([torch.arange(5), 5 + 2 * torch.arange(len(row))])[None]
+        logits = base(inputs_embeds=torch.cat([prompt.embeddings(), embeds])[None], position_ids=at).logits[0]
+        terms += cross_entropy(logits[4:-1], row, reduction="none").unbind()
+    check(model(ids, position_ids=apart, **calls).loss, mean(terms), prompt.embedding.weight)
+
+
+def test_given_embeddings_are_left_as_they_are() -> None:
+    """ctrl scales what it is given in place."""
+    base = families.FAMILIES["ctrl"].make()
+    model = SoftPromptModel(base).eval()
+    model.add_prompt("t", make_prompt(base))
+    embeds = base.get_input_embeddings()(ROWS[1][None])
+    before = embeds.clone()
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+    assert torch.equal(embeds, before)
+
+
 def test_packed_rows_that_cannot_be_served() -> None:
     model, _ = trainable_model()
     ids, positions, mask = packed_batch()
@@ -412,6 +469,17 @@ def test_checkpointing_changes_neither_loss_nor_gradient(method: str, family: st
         torch.testing.assert_close(step(), plain, rtol=1e-6, atol=1e-7)
         disable()
         assert not model.is_gradient_checkpointing and not model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_checkpointing_that_would_drop_an_expanded_prefix_is_refused(method: str) -> None:
+    model, prompt = trainable_model(method, "bloom")
+    model.gradient_checkpointing_enable()
+    for trains in (True, False):
+        prompt.requires_grad_(trains)
+        with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+            model(ROWS[1][None], labels=ROWS[1][None])
+    assert model(ROWS[1][None], labels=ROWS[1][None], prompt=None).loss > 0
 
 
 def test_layers_run_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,6 +619,41 @@ def test_rows_of_only_padding_contribute_nothing(family: str, side: str) -> None
     assert nothing.item() == 0.0 and not prompt.embedding.weight.grad.any()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_only_padding_in_an_evaluation(family: str) -> None:
+    """Nothing predicts its first token, and no loss needs that."""
+    model, _ = trainable_model("PREFIX_TUNING", family)
+    ids, mask = pad_rows([ROWS[0], ROWS[0][:0]], "right")
+    with torch.no_grad():
+        expected = model.eval()(ids[:1], labels=ids[:1]).loss
+        out = model(ids, attention_mask=mask, labels=ids)
+    torch.testing.assert_close(out.loss, expected)
+    assert out.logits.shape[:2] == ids.shape
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nan_in_padding_embeddings_reaches_nothing(
+    family: str, side: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setenv(PACK_VARIABLE, "0")
+    model, prompt = trainable_model(family=family)
+    ids, mask = pad_rows(ROWS, side)
+    embeds = model.get_input_embeddings()(ids).detach()
+    expected = model(inputs_embeds=embeds, attention_mask=mask, labels=ids).loss
+    poisoned = embeds.masked_fill(mask[..., None] == 0, float("nan")).requires_grad_()
+    loss = model(inputs_embeds=poisoned, attention_mask=mask, labels=ids).loss
+    check(loss, expected, prompt.embedding.weight)
+    loss = model(inputs_embeds=poisoned, attention_mask=mask, labels=ids).loss
+    (of_embeds,) = torch.autograd.grad(loss, poisoned)
+    assert of_embeds[mask.bool()].any() and not of_embeds[~mask.bool()].any() and not of_embeds.isnan().any()
+    with torch.no_grad():
+        logits = model.eval()(inputs_embeds=poisoned, attention_mask=mask).logits
+    assert not logits[mask.bool()].isnan().any()
+
+
 @pytest.mark.parametrize("frozen_prompt", [False, True])
 def test_a_base_that_is_trained_as_well(frozen_prompt: bool, oracle: Oracle) -> None:
     """Its gradient comes through the own tokens and through the prompt's keys and values."""
@@ -575,3 +678,13 @@ def test_a_prompt_that_became_nan_shows_in_the_loss(method: str) -> None:
     with torch.no_grad():
         next(p for p in prompt.parameters() if p.requires_grad)[0, 0] = float("nan")
     assert model(ROWS[1][None], labels=ROWS[1][None]).loss.isnan()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_prompt_longer_than_the_bases_positions(family: str) -> None:
+    base = make_base(family)
+    model = SoftPromptModel(base).train()
+    model.add_prompt("t", make_prompt(base, length=MAX_POSITIONS + 1))
+    ids = ROWS[2][None]
+    with pytest.raises(ValueError, match=f"{MAX_POSITIONS + 1} virtual and 0 own tokens need"):
+        model(ids, labels=ids)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from softprompt_fast.backends.cpu._linear import Norm
 
 _SLEEPING = "transformers.utils.output_capturing"
+_GLOBAL_HOOKS = [f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")]
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -150,7 +151,11 @@ class BaseState:
         modules = list(base.modules())
         self._config = base.config
         self._attributes = [module.__dict__ for module in modules]
-        self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [
+            table
+            for m in modules
+            for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
         self._children = [(m._modules, dict(m._modules)) for m in modules if m._modules]
         self._tables = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
         self.parameters = [table[name] for table, name in self._tables]
@@ -164,6 +169,10 @@ class BaseState:
         steps = optimizer_steps() if any(p.requires_grad for p in self.parameters) else 0
         return steps, [p.data_ptr() for p in self.parameters], [p._version for p in self._counted]
 
+    def weights_changed(self) -> bool:
+        """Whether weights were written or moved since they were read."""
+        return self._read_weights() != self._weights
+
     def _is_hooked(self, harmless: str | None) -> bool:
         # Once asked for hidden states, transformers leaves its hooks in place; they sleep until it is asked again.
         found = [hook for table in self._hooks if table for hook in table.values()]
@@ -173,15 +182,15 @@ class BaseState:
     def changed(self, *, harmless: str | None = None) -> str | None:
         """What changed, in words; None if nothing did. Hooks that are the function `harmless` (``module.name``) do not
         count."""
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or self._is_hooked(harmless):
-            return "a module of the base has forward hooks"
+        if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS) or self._is_hooked(harmless):
+            return "a module of the base has hooks"
         if any("forward" in attributes for attributes in self._attributes):
             return "a module of the base has a forward of its own"
         if any(table != children for table, children in self._children):
             return "modules of the base were replaced"
         if any(table.get(name) is not p for (table, name), p in zip(self._tables, self.parameters, strict=True)):
             return "parameters of the base were replaced"
-        if self._read_weights() != self._weights:
+        if self.weights_changed():
             return "the base's weights changed since they were read; call invalidate()"
         if self._drops_out and any(attributes["training"] for attributes in self._attributes):
             return "the base drops out in training mode"

@@ -52,7 +52,7 @@ class FusedTraining:
         self._state = BaseState(base)
         self._parts = parts
         self._stack = _Stack(parts)
-        self.head = FusedHead(parts)
+        self.head = FusedHead(parts, self._state)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings, past any hook of the module."""
@@ -128,8 +128,9 @@ class FusedTraining:
             if bool((wanted < 0).any()):
                 raise ValueError("wanted: expected places of real own tokens, found one of padding")
         with torch.no_grad():
+            # Flattening alone leaves one position that all rows share a view with a stride of 0.
             cos, sin = (
-                x.expand(batch, -1, -1).reshape(batch * length, -1) for x in self._parts.rotary(embeds, positions)
+                x.expand(batch, -1, -1).flatten(0, 1).contiguous() for x in self._parts.rotary(embeds, positions)
             )
         if places is not None:
             cos, sin = cos[places], sin[places]
@@ -141,7 +142,7 @@ class FusedTraining:
         x = embeds.reshape(-1, embeds.shape[2])
         x = x.contiguous() if tokens.places is None else x[tokens.places]
         graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *prefix))
-        call = _Call(self._stack, tokens, keys, graph, graph and hooks.drops_cache(self._base))
+        call = _Call(self._stack, self._state, tokens, keys, graph, graph and hooks.drops_cache(self._base))
         return _Layers.apply(call, x, *prefix)
 
 
@@ -362,6 +363,7 @@ class _Call:
     whether that runs the layers again (gradient checkpointing)."""
 
     stack: _Stack
+    state: BaseState
     tokens: _Tokens
     returns_keys: bool
     graph: bool
@@ -372,6 +374,14 @@ _first_derivative_only = first_derivative_only(
     "the fused training passes have no second derivative; construct the model with backend='torch' to differentiate "
     "the base's own modules"
 )
+
+
+def _check_weights(state: BaseState) -> None:
+    # Weights are read again in the backward and not saved for it, so autograd doesn't notice when they change.
+    if state.weights_changed():
+        raise RuntimeError(
+            "the base's weights changed between the forward and the backward pass; change them after backward()"
+        )
 
 
 class _Layers(torch.autograd.Function):
@@ -399,6 +409,7 @@ class _Layers(torch.autograd.Function):
     @_first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
+        _check_weights(call.state)
         depth, fields = call.stack.depth, len(_Kept._fields)
         to_embeds, to_prefix = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
         saved = list(ctx.saved_tensors)
@@ -430,9 +441,10 @@ class FusedHead:
     """The :class:`~softprompt_fast.losses.Head` behind the fused passes: final norm and output projection, from
     float32 hidden states before that norm."""
 
-    def __init__(self, parts: DecoderParts) -> None:
+    def __init__(self, parts: DecoderParts, state: BaseState) -> None:
         from softprompt_fast.backends.cpu import _training
 
+        self.state = state
         self._ops = _training
         self._norm, self._linear = parts.norm, parts.head
 
@@ -495,6 +507,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @_first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        _check_weights(ctx.head.state)
         return None, ctx.head._backward(ctx.saved_tensors[0], grad.contiguous())
 
 

@@ -387,7 +387,12 @@ def may_stop_early(base: PreTrainedModel) -> bool:
     if torch.compiler.is_compiling() or drops_cache(base):
         return False
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl or "forward" in m.__dict__
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or m._compiled_call_impl
+        or "forward" in m.__dict__
         for m in base.modules()
     )
 
