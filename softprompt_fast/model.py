@@ -935,7 +935,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             use_cache=False,
             **kwargs,
         )
-        if out.logits is not None:
+        if out.get("logits") is not None:  # token scores have none
             out["logits"] = segments.pack(out.logits)
         if out.get("hidden_states") is not None:
             out["hidden_states"] = tuple(segments.pack(states) for states in out.hidden_states)
