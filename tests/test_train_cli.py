@@ -38,6 +38,7 @@ from tests.models import Oracle, make_model, make_prompt, make_rows
 from tests.test_cli import ROOT, WORDS, assert_failed, call, save_base
 
 STEPS, INTERVAL = 24, 4
+SAVED = "<prefix>"  # stands for the folder of one, which a parameter can't know
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,23 @@ def test_training_goes_on_from_another_prompt(base: Path, reviews: Path, finishe
     assert result.exit_code == 0, result.output
     before = report_of(tmp_path / "out")["curve"]["validation"][0]
     assert before["loss"] == pytest.approx(report_of(finished)["final"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["CARTRIDGE", "PREFIX_TUNING"])
+def test_training_goes_on_from_keys_and_values(method: str, base: Path, reviews: Path, finished: Path, tmp_path: Path):
+    """Those of a prompt of another method: its labels follow own tokens, so that they say all it says."""
+    start = ["--init", f"prompt:{finished / 'prefix'}", "--method", method, "--steps", 6, "--learning-rate", 0.1]
+    result = call(*arguments(base, reviews, tmp_path / "out", *start))
+    assert result.exit_code == 0, result.output
+    before = report_of(tmp_path / "out")["curve"]["validation"][0]
+    assert before["loss"] == pytest.approx(report_of(finished)["final"]["loss"], rel=1e-5)
+    saved = load_adapter(tmp_path / "out" / "adapter")
+    begun = PrefixKV.from_pretrained(finished / "prefix")
+    assert saved.method == method
+    for (key, _), start_key in zip(saved.key_values(), begun.keys, strict=True):
+        kept = 1 if method == "CARTRIDGE" else 0
+        assert torch.equal(key[:, :kept], start_key[:, :kept])
+        assert (key[:, kept:] != start_key[:, kept:]).any(dim=-1).all()
 
 
 def test_accumulated_batches_equal_one_large_batch(base: Path, tmp_path: Path):
@@ -598,6 +616,11 @@ def test_wrong_command_lines(options: list[object], parts: list[str], base: Path
         (["--init", "words"], ["init: expected random", "'words'"]),
         (["--init", "text:"], ["init: expected words after text:"]),
         (["--init", "vocab", "--method", "P_TUNING"], ["init:", "P_TUNING"]),
+        (["--init", f"prompt:{SAVED}"], ["holds keys and values, which only CARTRIDGE and PREFIX_TUNING train"]),
+        (
+            ["--init", f"prompt:{SAVED}", "--method", "CARTRIDGE", "-P", 5],
+            ["expected num_virtual_tokens 5", "found 4"],
+        ),
         (["--method", "CPT"], ["init: CPT starts from examples:N"]),
         (["--method", "CARTRIDGE", "--init", "text:the film"], ["a text of 4 tokens or more, found 2"]),
         (["--method", "CARTRIDGE", "-P", 1], ["nothing of its 1 virtual token(s) is trainable"]),
@@ -607,7 +630,10 @@ def test_wrong_command_lines(options: list[object], parts: list[str], base: Path
         (["--too-long", "drop", "--max-length", 2], ["no row is left"]),
     ],
 )
-def test_what_does_not_fit(options: list[object], parts: list[str], base: Path, reviews: Path, tmp_path: Path):
+def test_what_does_not_fit(
+    options: list[object], parts: list[str], base: Path, reviews: Path, finished: Path, tmp_path: Path
+):
+    options = [str(option).replace(SAVED, str(finished / "prefix")) for option in options]
     assert_failed(call(*arguments(base, reviews, tmp_path, *options)), Exit.INPUT, *parts)
 
 
@@ -627,6 +653,20 @@ def test_files_that_are_not_there(base: Path, reviews: Path, tmp_path: Path):
     assert_failed(call(*arguments(tmp_path / "no-base", reviews, tmp_path / "b")), Exit.IO, "no-base")
     missing = ["--init", f"prompt:{tmp_path / 'no-adapter'}"]
     assert_failed(call(*arguments(base, reviews, tmp_path / "c", *missing)), Exit.IO, "no-adapter")
+
+
+def test_a_name_that_is_neither_a_file_nor_a_dataset(
+    base: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    datasets = pytest.importorskip("datasets")
+
+    def load(name: str, split: str) -> Any:
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for options in ([], ["--validation", "reviws"]):
+        result = call(*arguments(base, "reviws" if not options else reviews, tmp_path, *options))
+        assert_failed(result, Exit.IO, "reviws: no such file, and no dataset of the hub", "Couldn't reach")
 
 
 def test_an_output_that_is_a_file_or_in_use(base: Path, reviews: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import softprompt_fast as spf
 from softprompt_fast import SoftPromptModel
@@ -43,6 +43,15 @@ def make_peft(length: int = 5) -> PeftModel:
 def rows(count: int = 14) -> list[dict[str, Tensor]]:
     """Each row alone in its batch, PEFT and this package give the same: neither pads."""
     return [{"input_ids": ids, "labels": ids} for ids in make_rows([4 + i % 3 for i in range(count)])]
+
+
+def answered(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Rows whose first token is no label, as collators that pack leave it, of lengths from 2 to 12."""
+    found = []
+    for i, row in enumerate(rows):
+        ids = row["input_ids"].repeat(3)[: 2 + 5 * i % 11]
+        found.append({"input_ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])})
+    return found
 
 
 def collate(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -253,6 +262,25 @@ def test_padded_rows_accumulate_to_the_same_step(tmp_path: Path) -> None:
     assert relative_error(found[1], found[0]) <= 1e-5
 
 
+def test_rows_flattened_by_transformers(tmp_path: Path) -> None:
+    """``DataCollatorWithFlattening``: all rows of a batch in one, as if they were padded."""
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    found = []
+    for flat in (False, True):
+        model = spf.accelerate(make_peft())
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
+        trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=6, **options)
+        trainer.train_dataset, trainer.eval_dataset = answered(rows()), answered(rows(6))
+        if flat:
+            trainer.data_collator = flatten
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        found.append((losses(trainer) + norms, trainer.evaluate()["eval_loss"], trained(model)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+    assert relative_error(found[1][2], found[0][2]) <= 1e-5
+
+
 def test_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``accumulate``, clipping, an epoch that ends inside a step, and ``save_state``."""
     found = []
@@ -299,7 +327,8 @@ def make_sft(model: Any, folder: Path, **options: Any) -> Any:
     datasets = pytest.importorskip("datasets")
     from tests.test_pipeline import make_tokenizer
 
-    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+    data = options.pop("data", None) or [{"input_ids": row["input_ids"]} for row in rows()]
+    data = datasets.Dataset.from_list([{name: ids.tolist() for name, ids in row.items()} for row in data])
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 1,
@@ -333,6 +362,35 @@ def test_sft_as_with_peft(options: dict[str, Any], tmp_path: Path, monkeypatch: 
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
     assert relative_error(found[1][2], found[0][2]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding_free": True, "max_length": None},
+        {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16},
+        {"packing": True, "max_length": 16},
+    ],
+    ids=["padding-free", "padded to a multiple", "packed"],
+)
+def test_sft_of_packed_rows(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole dataset is one batch, so that packing changes nothing but where its rows stand."""
+    found = []
+    for packed in (False, True):
+        model = spf.accelerate(make_peft())
+        runs = Counter(model, monkeypatch)
+        common = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16, "data": answered(rows())}
+        trainer = make_sft(model, tmp_path / str(packed), **common, **(options if packed else {}))
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert ("position_ids" in batch) == packed and len(batch["input_ids"]) == (14 if not packed else 1)
+        trainer.train()
+        assert runs() == (4, 4)
+        keys = ("loss", "mean_token_accuracy", "entropy", "grad_norm")
+        logs = [entry[key] for entry in trainer.state.log_history if "loss" in entry for key in keys]
+        found.append((logs, trainer.evaluate()["eval_loss"], trained(model)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+    assert relative_error(found[1][2], found[0][2]) <= 1e-5
 
 
 def test_sft_resumes_with_its_best_model(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 
 NO_PROMPT = "none"
+#: Parts of the help of `train`.
+ROWS, PROMPT, STEPS, RUN = "Rows", "Prompt", "Steps", "Checkpoints and logs"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
@@ -191,68 +193,121 @@ def train(
     ],
     base: Base = "demo",
     input_column: Annotated[
-        str | None, typer.Option(help="Column with no loss on it. Left out: prompt, or none where there is 'text'.")
+        str | None,
+        typer.Option(
+            help="Column with no loss on it. Left out: prompt, or none where there is 'text'.", rich_help_panel=ROWS
+        ),
     ] = None,
     target_column: Annotated[
-        str | None, typer.Option(help="Column that is learnt. Left out: completion, or text.")
+        str | None, typer.Option(help="Column that is learnt. Left out: completion, or text.", rich_help_panel=ROWS)
     ] = None,
     task_column: Annotated[
-        str | None, typer.Option(help="Column with a number, the task of a multitask prompt.")
+        str | None, typer.Option(help="Column with a number, the task of a multitask prompt.", rich_help_panel=ROWS)
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.", rich_help_panel=ROWS)] = "train",
     validation: Annotated[
-        str, typer.Option(help="Held-out rows: a file or hub dataset, or a share of the rows; 0 holds out none.")
+        str,
+        typer.Option(
+            help="Held-out rows: a file or hub dataset, or a share of the rows; 0 holds out none.",
+            rich_help_panel=ROWS,
+        ),
     ] = "0.1",
     method: Annotated[
-        str, typer.Option(help="PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or CPT.")
+        str,
+        typer.Option(
+            help="PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or CPT.",
+            rich_help_panel=PROMPT,
+        ),
     ] = "PROMPT_TUNING",
     num_virtual_tokens: Annotated[
-        int | None, typer.Option("--num-virtual-tokens", "-P", min=1, help="Virtual tokens; 20, or what --init says.")
+        int | None,
+        typer.Option(
+            "--num-virtual-tokens",
+            "-P",
+            min=1,
+            help="Virtual tokens; 20, or what --init says.",
+            rich_help_panel=PROMPT,
+        ),
     ] = None,
     init: Annotated[
         str,
         typer.Option(
             help="Start: random (for prompt tuning at the scale of the base's embeddings, which learns faster than "
-            "PEFT's), normal (PEFT's), vocab, text:WORDS, examples:N (CPT's context), prompt:DIR (go on from it)."
+            "PEFT's), normal (PEFT's), vocab, text:WORDS, examples:N (CPT's context), prompt:DIR (go on from an "
+            "adapter, or from saved keys and values).",
+            rich_help_panel=PROMPT,
         ),
     ] = "random",
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", help="NAME=VALUE of the method's PEFT configuration. May be given several times."),
+        typer.Option(
+            "--option",
+            help="NAME=VALUE of the method's PEFT configuration. May be given several times.",
+            rich_help_panel=PROMPT,
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Of AdamW. Left out: the method's, 0.02 for prompt tuning.")
+        float | None,
+        typer.Option(min=0.0, help="Of AdamW. Left out: the method's, 0.02 for prompt tuning.", rich_help_panel=STEPS),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="linear, cosine, constant, constant_with_warmup, polynomial or inverse_sqrt.")
+        str,
+        typer.Option(
+            help="linear, cosine, constant, constant_with_warmup, polynomial or inverse_sqrt.", rich_help_panel=STEPS
+        ),
     ] = "linear",
-    warmup: Annotated[float, typer.Option(min=0.0, help="Steps (from 1), or share of all steps (below 1).")] = 0.03,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, in place of --epochs.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches an optimizer step.")] = 1,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Own tokens a row; 512, or what the base's positions leave.")
+    warmup: Annotated[
+        float, typer.Option(min=0.0, help="Steps (from 1), or share of all steps (below 1).", rich_help_panel=STEPS)
+    ] = 0.03,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, in place of --epochs.", rich_help_panel=STEPS)
     ] = None,
-    too_long: Annotated[str, typer.Option(help="What becomes of longer rows: cut, drop or refuse.")] = "cut",
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the rows.", rich_help_panel=STEPS)] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.", rich_help_panel=STEPS)] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches an optimizer step.", rich_help_panel=STEPS)] = 1,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Own tokens a row; 512, or what the base's positions leave.", rich_help_panel=ROWS),
+    ] = None,
+    too_long: Annotated[
+        str, typer.Option(help="What becomes of longer rows: cut, drop or refuse.", rich_help_panel=ROWS)
+    ] = "cut",
     end_of_text: Annotated[
-        bool, typer.Option("--eos/--no-eos", help="Close targets with the end-of-text token.")
+        bool, typer.Option("--eos/--no-eos", help="Close targets with the end-of-text token.", rich_help_panel=ROWS)
     ] = True,
     dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the start, of the held-out share and of the rows' order.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of the start, of the held-out share and of the rows' order.", rich_help_panel=STEPS),
+    ] = 0,
     eval_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between evaluations, each of which is a checkpoint; a tenth.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between evaluations, each of which is a checkpoint. Left out: a tenth of the run.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; a tenth.")] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between checkpoints. Left out: a tenth of the run.", rich_help_panel=RUN),
+    ] = None,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many evaluations in a row without a better loss.")
+        int | None,
+        typer.Option(
+            min=1, help="Stop after so many evaluations in a row without a better loss.", rich_help_panel=RUN
+        ),
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
+        bool,
+        typer.Option("--checkpointing", help="Recompute activations: less memory, more time.", rich_help_panel=STEPS),
     ] = False,
-    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs.")] = True,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs.", rich_help_panel=RUN)] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the output folder.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest whole checkpoint in the output folder.", rich_help_panel=RUN
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

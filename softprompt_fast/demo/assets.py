@@ -177,10 +177,14 @@ def load_model(name: str = DEMO_MODEL, say: Say = to_stderr) -> tuple[PreTrained
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = demo_model_dir(say) if name == DEMO_MODEL else name
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    except OSError as error:
+        raise OSError(f"base model {name}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def load_demo_model(say: Say = to_stderr) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -149,7 +149,11 @@ def _read_csv(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]
 def _read_hub(name: str, split: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     import datasets
 
-    yield from enumerate(datasets.load_dataset(name, split=split), start=1)
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except OSError as error:
+        raise OSError(f"{name}: no such file, and no dataset of the hub that can be had ({error})") from error
+    yield from enumerate(dataset, start=1)
 
 
 def _row(line: int, record: dict[str, Any], columns: Columns) -> Row:

@@ -11,6 +11,7 @@ import torch
 from softprompt_fast.demo.sentiment import fresh_prompt
 from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import METHODS, SoftPrompt
 from softprompt_fast.train.data import Example
 
@@ -43,7 +44,8 @@ def initial_prompt(
         init: ``random``: PEFT's random start, for PROMPT_TUNING scaled to the size of the base's token embeddings
             (PEFT's own is a standard normal, several times as large, and learns slowly); ``normal``: exactly PEFT's;
             ``vocab``: embeddings of random tokens; ``text:WORDS``: of these words, for CARTRIDGE their keys and
-            values; ``examples:N``: CPT's context, the first N rows; ``prompt:DIR``: go on from that adapter.
+            values; ``examples:N``: CPT's context, the first N rows; ``prompt:DIR``: go on from that adapter, or
+            (CARTRIDGE, PREFIX_TUNING) from a saved PrefixKV.
         num_virtual_tokens: P; what init decides (another prompt's, a context's) may be left out.
         options: further keys of PEFT's configuration of the method.
         seed: of everything random.
@@ -57,7 +59,7 @@ def initial_prompt(
     base = model.base
     kind, _, what = init.partition(":")
     if kind == "prompt":
-        return _from_adapter(what, method, num_virtual_tokens, options, model)
+        return _from_saved(what, method, num_virtual_tokens, options, model)
     if method == "CPT":
         if kind != "examples" or not what.isdecimal() or not 0 < int(what) <= len(examples):
             raise ValueError(f"init: CPT starts from examples:N with N from 1 to {len(examples)} rows, found {init!r}")
@@ -84,16 +86,32 @@ def initial_prompt(
     raise ValueError(f"init: expected {INITS}, as {method} knows them; found {init!r}")
 
 
-def _from_adapter(
+def _from_saved(
     folder: str, method: str, num_virtual_tokens: int | None, options: Mapping[str, Any], model: SoftPromptModel
 ) -> SoftPrompt:
-    prompt = peft_io.load_adapter(folder, trainable=True, token_embeddings=model.get_input_embeddings())
+    if PrefixKV.is_saved_at(folder):
+        prompt = _from_prefix(PrefixKV.from_pretrained(folder, base_model=model.base), folder, method, options)
+    else:
+        table = model.get_input_embeddings()
+        prompt = peft_io.load_adapter(folder, trainable=True, token_embeddings=table)
     facts = {"method": (method, prompt.method), "num_virtual_tokens": (num_virtual_tokens, prompt.num_virtual_tokens)}
     facts |= {name: (value, prompt.config.get(name)) for name, value in options.items()}
     for name, (wanted, found) in facts.items():
         if wanted not in (None, found):
             raise ValueError(f"init: expected {name} {wanted} from the prompt in {folder}, found {found}")
     return prompt
+
+
+def _from_prefix(prefix: PrefixKV, folder: str, method: str, options: Mapping[str, Any]) -> SoftPrompt:
+    """Keys and values that train on; any prompt's will do, once they are computed."""
+    if method == "CARTRIDGE":
+        return SoftPrompt.from_prefix(prefix, num_frozen_tokens=options.get("num_frozen_tokens", 1))
+    if method != "PREFIX_TUNING":
+        raise ValueError(f"init: {folder} holds keys and values, which only CARTRIDGE and PREFIX_TUNING train")
+    cartridge = SoftPrompt.from_prefix(prefix, num_frozen_tokens=0)
+    config = {name: value for name, value in cartridge.config.items() if name != "num_frozen_tokens"}
+    tensors = cartridge.adapter_tensors()
+    return SoftPrompt.from_tensors(config | {"peft_type": method}, tensors).requires_grad_(True)
 
 
 def _context(examples: Sequence[Example]) -> dict[str, Any]:
