@@ -260,14 +260,16 @@ class GradientAccumulation:
     def before_step(self, parameters: Sequence[nn.Parameter]) -> None:
         """Whatever is still parked for `parameters` goes to their gradients now."""
         for run in [*self._pending, *([] if self._open is None else [self._open])]:
-            if run.parked and run.trains(parameters) and not run.was_zeroed():
+            if not run.trains(parameters):
+                continue
+            if run is self._open:
+                self._open = None  # what it computed holds no longer
+            if run.parked and not run.was_zeroed():
                 logger.warning(
                     "gradient accumulation: an optimizer steps before the last micro-batch that was announced; the "
                     "gradients of the earlier ones are added now, after any clipping"
                 )
                 run.backward()
-                if run is self._open:
-                    self._open = None
         self._pending = [run for run in self._pending if run.parked]
 
 

@@ -410,3 +410,21 @@ def test_a_step_of_the_base_in_between() -> None:
 
     for found, expected in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_a_prompt_that_the_next_micro_batch_does_not_use() -> None:
+    """Its run, whose weights have changed, is no part of that micro-batch's graph."""
+    model, first = make_trained("MULTITASK_PROMPT_TUNING")
+    second = make_prompt(model.base, seed=2)
+    model.add_prompt("second", second)
+    batch, tasks = micro_batches()[0], torch.tensor([0, 1])
+    with announcing(model) as announce:
+        announce(True)
+        model(**batch, prompt="t", task_ids=tasks)  # its loss is given up
+        for parameter in first.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        SGD(first.parameters(), lr=0.1).step()
+        announce(False)
+        model(**batch, prompt="second").loss.backward()
+    found = gradients(second)
+    assert_equal(found, plain(model, second, [batch | {"prompt": "second"}]))
