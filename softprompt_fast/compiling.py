@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt_fast import expanded
-from softprompt_fast.bank import Compiled
 from softprompt_fast.cache import OwnTokenCache
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import LazyDecoder
+from softprompt_fast.packed import Compiled
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
 
