@@ -281,10 +281,9 @@ class PromptBank:
             OSError: a registered prompt can't be read.
         """
         entry = self._entry(name)
-        if entry.source is not None and entry.tasks == "?":
+        if entry.tasks == "?":
+            assert entry.source is not None
             entry.tasks = entry.source.num_tasks()
-        elif entry.tasks == "?":
-            entry.tasks = _tasks_of(entry.prompt)
         tasks = entry.tasks
         if not isinstance(tasks, int):
             return None
@@ -305,7 +304,7 @@ class PromptBank:
             OSError: it could not be written to the directory.
         """
         self._check_free(name, replace)
-        entry = _Entry(prompt, next(_VERSIONS))
+        entry = _Entry(prompt, next(_VERSIONS), tasks=_tasks_of(prompt))
         if isinstance(prompt, PrefixKV):
             entry.prompt = self._stored(prompt)
             self._make_room_for(name, entry)
@@ -475,7 +474,7 @@ class PromptBank:
     def unpin(self, name: str, task: int | None = None) -> None:
         """Take back a :meth:`pin`; nothing happens where there is none."""
         with self._lock:
-            self._pinned.discard((name, self.check_task(name, task)))
+            self._pinned -= {(name, task), (name, None)}  # only multitask prompts are pinned by task
         self._trim()
 
     @property
@@ -640,8 +639,8 @@ class PromptBank:
                 if entry.identity is not None:
                     entry.version = slot.version = next(_VERSIONS)
                 entry.identity = identity
-            if entry.tasks != _tasks_of(prompt):
-                entry.tasks = "?"
+            before, entry.tasks = entry.tasks, _tasks_of(prompt)
+            if before not in ("?", entry.tasks):
                 raise AdapterError(f"prompt {name!r}: its directory changed to a prompt of other tasks")
         return prompt
 

@@ -228,6 +228,11 @@ class Claim:
             return cls((), (), index, own_start, right_padded)
         return cls(packed.prompts, packed.versions, index, own_start, right_padded)
 
+    def is_of(self, packed: Packed | None, index: Tensor | None, own_start: Tensor | None) -> bool:
+        """Whether it was made of these very objects."""
+        same = self.versions is packed.versions if packed is not None else not self.versions
+        return same and self.index is index and self.own_start is own_start
+
     def rows(self, batch: int) -> list[tuple[RowPrompt | None, int] | None]:
         """Each row's prompt and the version of it."""
         if not self.prompts:
@@ -286,11 +291,13 @@ def claim_rows(
         raise ValueError(f"past_key_values: expected a cache of {batch} rows, as in this batch, found one of {held}")
     before: Claim | None = getattr(cache, "soft_prompt_claim", None)
     now = Claim.of(packed, index, own_start, own_end is not None)
-    # The very same objects, as in every decoding step of `generate`.
-    same = before is not None and before.versions is now.versions and before.index is index
-    if same and before is not None and before.own_start is own_start:
+    if torch.compiler.is_compiling():
+        cache.soft_prompt_claim = now
         return own_start
-    if torch.compiler.is_compiling() or int(past) == 0:
+    # The very same objects, as in every decoding step of `generate`.
+    if before is not None and before.is_of(packed, index, own_start):
+        return own_start
+    if int(past) == 0:
         cache.soft_prompt_claim = now
         return own_start
     if before is None:
