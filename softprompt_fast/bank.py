@@ -406,7 +406,8 @@ class PromptBank:
         """Load or compile a prompt's prefix if need be, and keep this version of it until it is released.
 
         Where there is a budget for the device, the prefix has its place in it when this returns: packing it with
-        others that are held can't fail. Waits for whoever is loading the same prefix, and for nobody else.
+        others that are held can't fail. Without one it gets its place once batches of several prompts were seen.
+        Waits for whoever is loading the same prefix, and for nobody else.
 
         Args:
             name: of the prompt. task: of a multitask prompt; ignored for others.
@@ -417,13 +418,14 @@ class PromptBank:
                 tries again.
             BankFullError: held and pinned prefixes take the device's budget; try again when one was released.
         """
-        return self._hold(name, self.check_task(name, task), "any" if self._serves_from_host else "device")
+        alone = self.options.device_bytes is None and self._is_on_host and self._arena is None
+        return self._hold(name, self.check_task(name, task), "any" if alone else "device")
 
     def hold_all(self, prompts: Sequence[RowPrompt | None]) -> list[Held | None]:
         """For a call that packs and releases them: each row's prompt (checked by :meth:`check_task`), held where the
         batch will want it; None where it is None. All or none."""
         distinct = dict.fromkeys(prompt for prompt in prompts if prompt is not None)
-        on_host = len(distinct) == 1 and self._device.type == self._host_device.type
+        on_host = len(distinct) == 1 and self._is_on_host
         held: dict[RowPrompt | None, Held | None] = {None: None}
         with ExitStack() as stack:
             for prompt in distinct:
@@ -482,9 +484,9 @@ class PromptBank:
         return torch.device("cpu") if self.options.tiered else self._device
 
     @property
-    def _serves_from_host(self) -> bool:
-        """Whether a batch of one prompt can attend to the host's copy, and nothing bounds the storage of the rest."""
-        return self.options.device_bytes is None and self._host_device.type == self._device.type
+    def _is_on_host(self) -> bool:
+        """Whether a batch of one prompt can attend to the host's copy."""
+        return self._host_device.type == self._device.type
 
     def _hold(self, name: str, task: int | None, tier: _Tier) -> Held:
         with self._lock:
@@ -833,7 +835,7 @@ class PromptBank:
         the prefix is in the arena alone."""
         with self._lock:
             prefix = slot.prefix
-            if prefix is None or prefix.device.type != self._device.type:
+            if prefix is None or not self._is_on_host:
                 return None
             if slot.alone is None:
                 with _ordinary_tensors():

@@ -212,7 +212,9 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def _read_prompt(self, directory: str | os.PathLike[str], *, trainable: bool = False) -> SoftPrompt | PrefixKV:
         if PrefixKV.is_saved_at(directory):
-            return PrefixKV.from_pretrained(directory)
+            prefix = PrefixKV.from_pretrained(directory)
+            prefix.check_base(self.base, fingerprint=self.base_fingerprint)
+            return prefix
         table = self.base.get_input_embeddings() if trainable else None
         return peft_io.load_adapter(directory, trainable=trainable, token_embeddings=table)
 
@@ -381,6 +383,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             virtual_logits, next_logits: whether those are wanted of prefixes that are computed in this call.
             output_attentions: whether weights over all packed entries are.
         """
+        if isinstance(prompt, Packed) and not prompt.is_sparse:
+            return _Selection(prompt)
         in_place = not output_attentions and self._reads_places()
         if isinstance(prompt, Packed):
             return _Selection(prompt if in_place else prompt.dense(self.dtype))

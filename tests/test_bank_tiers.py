@@ -20,6 +20,7 @@ from softprompt_fast.bank import PromptBank
 from softprompt_fast.errors import AdapterError, BankFullError, PrefixError
 from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.prompt import SoftPrompt
+from tests.device import cpu_only
 
 WAIT = 60  # seconds, for what takes milliseconds
 ROWS = make_rows([4, 7, 3, 6])
@@ -165,6 +166,7 @@ def test_given_prefixes_fill_the_hosts_budget(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+@cpu_only  # elsewhere the arena has them all
 @pytest.mark.parametrize("spills", [False, True])
 def test_compiled_prefixes_leave_the_host_and_come_back(tmp_path: Path, spills: bool) -> None:
     model = make_model(prompts={})
