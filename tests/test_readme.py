@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of the README, docs/training.md and docs/prompt-bank.md runs; the table of backends says what the registry says."""
+"""Every code block of the README and of two guides runs; the table of backends says what the registry says."""
 
 from __future__ import annotations
 
