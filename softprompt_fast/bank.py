@@ -542,9 +542,12 @@ class PromptBank:
             self._drop(slot)
 
     def _drop(self, slot: _Slot) -> None:
-        """Forget the host's copy of `slot`."""
+        """Forget the host's copy of `slot`; what is in the arena keeps its prediction."""
         self._host_bytes -= slot.nbytes
         slot.prefix, slot.alone, slot.nbytes = None, None, 0
+        if slot.arena is not None and slot.next_logits is not None:
+            slot.nbytes = slot.next_logits.nbytes
+            self._host_bytes += slot.nbytes
         _remove_folder(slot.folder)
         slot.folder = None
 
@@ -595,9 +598,10 @@ class PromptBank:
             with self._lock:
                 slot.prefix = prefix
                 slot.length, slot.next_logits = prefix.num_virtual_tokens, prefix.next_logits
-                if prefix is not slot.entry.prompt or not slot.alive:
-                    slot.nbytes = _bytes_kept(prefix)
-                    self._host_bytes += slot.nbytes
+                self._host_bytes -= slot.nbytes
+                counted = prefix is slot.entry.prompt and slot.alive
+                slot.nbytes = 0 if counted else _bytes_kept(prefix)
+                self._host_bytes += slot.nbytes
         if tier == "device" and slot.arena is None:
             self._place(slot, prefix)
         return prefix
@@ -735,13 +739,16 @@ class PromptBank:
                     _remove_folder(folder)
                     continue
                 self._drop(victim)
-                victim.prefix, victim.folder = mapped, folder
+                if mapped is not None:
+                    self._host_bytes -= victim.nbytes
+                    victim.prefix, victim.folder, victim.nbytes = mapped, folder, 0
+                    victim.next_logits = mapped.next_logits
                 if mapped is None and victim.refs == 0:
                     self._counts["drops"] += 1
                     self._abandon(victim)
 
     def _can_leave(self, slot: _Slot) -> bool:
-        if slot.nbytes == 0 or slot.spilling or slot.flight is not None:
+        if slot.prefix is None or slot.nbytes == 0 or slot.spilling or slot.flight is not None:
             return False
         return slot.arena is not None or (slot.refs == 0 and slot.key not in self._pinned)
 
