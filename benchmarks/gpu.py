@@ -39,7 +39,7 @@ OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_stat
 # The most telling first, should time run out.
 MODEL_STEMS = (
     *("gpu", "model", "generate", "cache", "nn", "losses", "training"),
-    *("bank", "concurrency", "compile", "encoder", "autocast"),
+    *("bank", "concurrency", "compile", "encoder", "autocast", "continuous_batching"),
 )
 MODEL_FILES = [f"tests/test_{name}.py" for name in MODEL_STEMS]
 MORE_MODEL_FILES = [f"tests/test_{name}.py" for name in ("encoder_decoder", "families", "generate_families", "oracle")]
