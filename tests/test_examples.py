@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving examples: replicas start, share the requests, and end together. Real routers run where installed."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody uses."""
+    for first in range(20000 + os.getpid() % 10000, 60000, count):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for number, one in enumerate(sockets):
+                one.bind(("127.0.0.1", first + number))
+            return first
+        except OSError:
+            continue
+        finally:
+            for one in sockets:
+                one.close()
+    raise AssertionError("no free ports")
+
+
+def call(url: str, path: str, body: Any = None) -> tuple[int, Any]:
+    host = url.removeprefix("http://")
+    with closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+        headers = {"content-type": "application/json"}
+        connection.request(
+            "GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers
+        )
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"null")
+
+
+# -- vLLM replicas ----------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+import http.server, json, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.answer({})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.answer({"model": body["model"], "pid": os.getpid(), "devices": os.environ.get("CUDA_VISIBLE_DEVICES")})
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def stand_in(port: int) -> list[str]:
+    return [sys.executable, "-c", STAND_IN, str(port)]
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example, whose replicas answer without vLLM."""
+    example = load_example("vllm_replicas")
+    monkeypatch.setattr(example, "replica_command", lambda args, number: stand_in(example.replica_port(args, number)))
+    return example
+
+
+def replica_arguments(example: ModuleType, *more: str) -> argparse.Namespace:
+    given = ["--model", "M", "--prompts", "P", "--port", str(free_ports(4)), "--starts-within", "60", *more]
+    return example.arguments(given)
+
+
+def test_a_replica_is_this_file_again_with_its_sizes() -> None:
+    example = load_example("vllm_replicas")
+    args = replica_arguments(example, "--tensor-parallel-size", "2", "--replicas", "3")
+    again = example.arguments(example.replica_command(args, 1)[2:])
+    assert (again.replica, again.model, again.prompts, again.tensor_parallel_size) == (1, "M", Path("P"), 2)
+    assert example.replica_port(again, 1) == args.port + 2
+    assert [word for word in example.router_command(args) if word.startswith("http")] == [
+        f"http://127.0.0.1:{args.port + n}" for n in (1, 2, 3)
+    ]
+
+
+def test_devices_and_cores_are_shared_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load_example("vllm_replicas")
+    args = replica_arguments(example, "--devices", "0,1,2,3")
+    assert example.environments(args) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    args = replica_arguments(example, "--pipeline-parallel-size", "2")
+    assert [found["VLLM_CPU_OMP_THREADS_BIND"] for found in example.environments(args)] == ["0,1|2,3", "4,5|6,7"]
+    with pytest.raises(SystemExit, match="3 devices or cores can't be shared equally by 2 replicas"):
+        example.environments(replica_arguments(example, "--devices", "0,1,2"))
+    with pytest.raises(SystemExit, match="can't be shared"):
+        example.environments(replica_arguments(example, "--replicas", "12"))
+
+
+@pytest.mark.parametrize("router", ["stand-in", "vllm-router"])
+def test_replicas_share_the_requests_and_end_together(
+    router: str, replicas: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = replica_arguments(replicas, "--devices", "0,1", "--policy", "round_robin")
+    if router == "stand-in":
+        monkeypatch.setattr(replicas, "router_command", lambda args: stand_in(args.port))
+    else:
+        pytest.importorskip("vllm_router", reason="vllm-router is not installed")
+    with replicas.Fleet(args) as fleet:
+        answers = [call(fleet.url, "/v1/completions", {"model": "legal", "prompt": "a"})[1] for _ in range(10)]
+        assert {answer["model"] for answer in answers} == {"legal"}
+        if router == "vllm-router":
+            assert set(Counter(answer["pid"] for answer in answers).values()) == {5}
+            assert {answer["devices"] for answer in answers} == {"0", "1"}
+        fleet.check()
+        fleet.processes["replica 1"].kill()
+        fleet.processes["replica 1"].wait()
+        with pytest.raises(RuntimeError, match="replica 1 ended with status -9"):
+            fleet.check()
+    assert all(process.poll() is not None for process in fleet.processes.values())
+
+
+def test_a_replica_that_does_not_start_ends_the_others(
+    replicas: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, started = replicas.replica_command, []
+    popen = subprocess.Popen
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(replicas.subprocess, "Popen", remember)
+    monkeypatch.setattr(
+        replicas,
+        "replica_command",
+        lambda args, number: [sys.executable, "-c", "raise SystemExit(7)"] if number else real(args, number),
+    )
+    args = replica_arguments(replicas, "--devices", "0,1")
+    given = ["--model", "M", "--prompts", "P", "--port", str(args.port), "--devices", "0,1", "--starts-within", "60"]
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert replicas.main(given) == 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert "error: replica 1 ended with status 7" in capsys.readouterr().err
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
