@@ -12,13 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,3 +176,76 @@ def test_a_replica_that_does_not_start_ends_the_others(
         signal.signal(signal.SIGTERM, previous)
     assert "error: replica 1 ended with status 7" in capsys.readouterr().err
     assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+# -- Ray Serve --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ray_replicas_serve_every_prompt(tmp_path: Path) -> None:
+    for needed in ("ray.serve", "uvicorn", "prometheus_client"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softprompt_fast import SoftPromptModel
+    from tests.models import make_prompt
+    from tests.test_cli import save_base
+
+    folder, prompts = save_base(tmp_path / "base"), tmp_path / "prompts"
+    model = SoftPromptModel(AutoModelForCausalLM.from_pretrained(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [[5, 3, 4], [2, 3]]
+    expected: dict[str, list[str]] = {}
+    for name, length in (("short", 4), ("long", 9)):
+        model.add_prompt(name, make_prompt(model.base, length=length, seed=length))
+        model.save_prompt(name, prompts / name)
+        for row in rows:
+            out = model.generate(torch.tensor([row]), prompt=name, max_new_tokens=6, do_sample=False)
+            text = tokenizer.decode(out[0, len(row) :], skip_special_tokens=True)
+            expected[f"{name} {row}"] = text.split()
+    port = free_ports(1)
+    command = [sys.executable, str(ROOT / "examples" / "ray_serve.py"), "--model", str(folder), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    log = tmp_path / "log"
+    with log.open("w") as out_file:
+        process = subprocess.Popen(
+            [*command, "--prompts", str(prompts)], cwd=ROOT, env=environment, stdout=out_file, stderr=out_file
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: "ready: " in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()[-3000:]
+
+        def ask(name: str, row: list[int]) -> None:
+            body = {"model": name, "prompt": row, "max_tokens": 6, "temperature": 0}
+            status, answer = call(url, "/v1/completions", body)
+            assert status == 200 and answer["choices"][0]["text"].split() == expected[f"{name} {row}"]
+            assert answer["usage"]["prompt_tokens"] == len(row)
+
+        with ThreadPoolExecutor(8) as threads:
+            asked = [threads.submit(ask, name, row) for _ in range(10) for name in ("short", "long") for row in rows]
+        for one in asked:
+            one.result()
+        status, answer = call(url, "/v1/completions", {"model": "none", "prompt": [2]})
+        assert status == 404 and "none" in answer["error"]["message"]
+        # Each replica counts its own requests: together they have had all, and neither had them alone.
+        # The refused one is counted as well, and both may have had as many.
+        counts: set[int] = set()
+        wait_until(lambda: counts.add(served_by_one(url)) or sum(counts) in (40, 41) or counts == {20})
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+
+
+def served_by_one(url: str) -> int:
+    """Requests that some replica has answered."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("softprompt_fast_requests_total{"))
+
+
+def wait_until(done: Callable[[], Any], seconds: float = 180.0) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "not within three minutes"
+        time.sleep(0.1)
