@@ -959,6 +959,37 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             sequences[:, :length] = shown.repeat_interleave(sequences.shape[0] // batch, dim=0)
         return result
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """A manager of transformers' continuous batching whose ``add_request`` takes a ``prompt``; arguments as in
+        transformers. ``continuous_batching_context_manager`` starts and stops one.
+
+        Raises:
+            ValueError: the base can't be served so (anything but "sdpa" attention, sliding windows); says why.
+            ImportError: transformers is older than 5.23.
+        """
+        from softprompt_fast.integrations import continuous_batching
+
+        return continuous_batching.init_continuous_batching(self, *args, **kwargs)
+
+    def generate_batch(self, inputs: Sequence[list[int] | Tensor], **kwargs: Any) -> Any:
+        """transformers' ``generate_batch``: rows of own tokens, run by continuous batching in a paged cache that holds
+        each prompt once.
+
+        Args:
+            inputs: own tokens of each row, at least one a row.
+            kwargs: ``prompt`` and ``task_ids`` as in :meth:`generate`; ``generation_config``,
+                ``continuous_batching_config``, ``max_new_tokens`` and ``warmup`` as in transformers.
+
+        Returns:
+            Request id -> transformers' ``GenerationOutput``, in the order of the rows.
+
+        Raises:
+            ValueError, ImportError: as :meth:`init_continuous_batching`; KeyError: unknown prompt.
+        """
+        from softprompt_fast.integrations import continuous_batching
+
+        return continuous_batching.generate_batch(self, inputs, **kwargs)
+
     def _copies_prefix(
         self, batch: int, length: int, packed: Packed | None, config: Any, options: dict[str, Any]
     ) -> bool:

@@ -97,7 +97,7 @@ def test_no_room_has_a_stranger(room: str) -> None:
     stems = {pattern.format(op) for op in OPS}
     prefix = pattern.split("{}", 1)[0]
     found = {p.name for p in (ROOT / folder).glob(f"{prefix}*.py") if not p.name.startswith("_")}
-    whole = {f"bench_{name}.py" for name in ("model", "systems", "train", "train_quality", "vllm")}
+    whole = {f"bench_{name}.py" for name in ("model", "serve", "systems", "train", "train_quality", "vllm")}
     allowed = whole if folder == "benchmarks" else set()
     assert found - allowed == stems
 
