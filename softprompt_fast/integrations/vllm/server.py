@@ -111,23 +111,26 @@ class PromptEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def generate(
+    def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncIterator[RequestOutput]:
         """As ``EngineClient.generate``.
 
         Raises:
-            VLLMValidationError: a request that can't be served behind a prompt (400).
+            VLLMValidationError: a request that can't be served behind a prompt (400); when the answer is iterated.
             PromptUnavailableError: the prompt is damaged or can't be read (500); other requests are unharmed.
         """
+        # Now, in the handler's own context: a stream is iterated in another one.
         requested = _requested.get()
         named = ((sampling_params.extra_args or {}).get("kv_transfer_params") or {}).get("soft_prompt")
         name = named if requested is None else requested[1]
         if name is None:
-            async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **options)) as outputs:
-                async for output in outputs:
-                    yield output
-            return
+            return self._engine.generate(prompt, sampling_params, request_id, **options)
+        return self._behind(name, prompt, sampling_params, request_id, options)
+
+    async def _behind(
+        self, name: str, prompt: Any, sampling_params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncIterator[RequestOutput]:
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise VLLMValidationError("a soft prompt can only be put before text, not before images or embeddings")
         try:
