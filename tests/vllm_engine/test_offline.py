@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import os
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's parts are looked at
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import softprompt_fast as spf
 from softprompt_fast import PrefixKV
 from softprompt_fast.errors import PrefixError, PrefixFingerprintError
 from softprompt_fast.integrations.vllm.connector import LoadMetadata, salt_of
-
 from tests.vllm_engine.tiny import Base, make_rows
 
 NEW = 12
@@ -30,6 +26,7 @@ BUDGET = 1_000_000
 
 @pytest.fixture(scope="module")
 def llm(base: Base, folder: Path, make_llm: Callable[..., Any]) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's parts are looked at
     settings = {"prompts_folder": str(folder), "resident_bytes": BUDGET, "pinned": ["pinned"]}
     return make_llm(base, kv_transfer_config=spf.vllm.kv_transfer_config(**settings))
 
@@ -233,10 +230,14 @@ def test_trap_salts(llm: Any, base: Base, prefixes: dict[str, PrefixKV], salt: s
         * 2,
         [None, params_of(second, "p128")] * 2,
     )
-    assert texts(outputs) == [
-        base.greedy(placed(second, [5, 6]), None, NEW),
-        base.greedy([5, 6], second, NEW),
-    ] * 2
+    assert (
+        texts(outputs)
+        == [
+            base.greedy(placed(second, [5, 6]), None, NEW),
+            base.greedy([5, 6], second, NEW),
+        ]
+        * 2
+    )
     assert first.digest != second.digest
 
 

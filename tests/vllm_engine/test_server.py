@@ -222,9 +222,7 @@ def test_no_room_is_400(server: Server) -> None:
         server.client.completions.create(model="p512", prompt=[5] * 300, max_tokens=1)
 
 
-def test_a_corrupt_prompt_fails_alone(
-    server: Server, base: Base, folder: Path, prefixes: dict[str, PrefixKV]
-) -> None:
+def test_a_corrupt_prompt_fails_alone(server: Server, base: Base, folder: Path, prefixes: dict[str, PrefixKV]) -> None:
     base.prefix(64, seed=5).save_pretrained(folder / "broken")
     file = folder / "broken" / "prefix_kv.safetensors"
     content = bytearray(file.read_bytes())

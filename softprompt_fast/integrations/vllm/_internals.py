@@ -50,8 +50,8 @@ def set_salt(request: Any, salt: str) -> None:
 
 
 def make_failable(request: Any) -> None:
-    """A request fails through a block that it did not compute, before a token that it does: it needs two tokens, and to
-    read what is cached."""
+    """A request fails through a block that it did not compute, before a token that it does: it needs two tokens, and
+    to read what is cached."""
     request.skip_reading_prefix_cache = False
     if request.num_tokens < 2:
         request.append_output_token_ids(0)

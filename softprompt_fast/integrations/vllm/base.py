@@ -19,8 +19,8 @@ from softprompt_fast.prefix_kv import model_fingerprint
 
 
 class _Checkpoint:
-    """As much of a transformers model as `model_fingerprint` reads: its configuration and its parameters, which stay in
-    their memory-mapped files."""
+    """As much of a transformers model as `model_fingerprint` reads: its configuration and its parameters, which stay
+    in their memory-mapped files."""
 
     def __init__(self, config: Any, folder: Path) -> None:
         self.config = config
@@ -67,7 +67,7 @@ def base_fingerprint(model: str, revision: str | None = None, trust_remote_code:
 
 
 def make_registry(vllm_config: Any, settings: Mapping[str, Any]) -> Registry:
-    """The registry that `settings` (a connector's extra config: see `connector`) name, for the base of `vllm_config`."""
+    """The registry that `settings` (a connector's extra config) name, for the base of `vllm_config`."""
     model = vllm_config.model_config
     fingerprint = settings.get("fingerprint")
     if fingerprint is None:

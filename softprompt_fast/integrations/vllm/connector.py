@@ -348,7 +348,9 @@ def why_not(vllm_config: Any, kv_cache_config: Any) -> list[str]:
         specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
         for kind in {type(one) for one in specs}:
             if not issubclass(kind, FullAttentionSpec) or issubclass(kind, MLAAttentionSpec):
-                reasons.append(f"a KV cache of kind {kind.__name__}: its blocks don't hold every token's keys and values")
+                reasons.append(
+                    f"a KV cache of kind {kind.__name__}: its blocks don't hold every token's keys and values"
+                )
     return reasons
 
 

@@ -64,8 +64,8 @@ class PromptFront:
             raise ValueError(f"prompt {entry.name!r}: expected at least one token of the request's own, found none")
         if entry.num_virtual_tokens + len(ids) >= self._longest:
             raise ValueError(
-                f"prompt {entry.name!r}: its {entry.num_virtual_tokens} virtual tokens and {len(ids)} own ones leave no "
-                f"room for a new one in the model's {self._longest}"
+                f"prompt {entry.name!r}: its {entry.num_virtual_tokens} virtual tokens and {len(ids)} own ones leave "
+                f"no room for a new one in the model's {self._longest}"
             )
         if params.prompt_logprobs is not None or params.skip_reading_prefix_cache:
             raise ValueError(

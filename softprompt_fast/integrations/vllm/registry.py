@@ -42,12 +42,12 @@ class Entry:
 class Registry:
     """Prompts by name, from a mapping and from a folder whose subfolders are prompts.
 
-    Both are looked at anew at every look-up, so a prompt that is saved, replaced or removed while a server runs is seen
-    by its next request. A name is compared with names, and never becomes part of a path.
+    Both are looked at anew at every look-up, so a prompt that is saved, replaced or removed while a server runs is
+    seen by its next request. A name is compared with names, and never becomes part of a path.
 
     Args:
         prompts: name -> directory with a saved `PrefixKV`.
-        folder: each subfolder with a saved `PrefixKV` is a prompt of its name; hidden ones are not. `prompts` go first.
+        folder: each visible subfolder with a saved `PrefixKV` is a prompt of its name. `prompts` go first.
         fingerprint: of the base model (`model_fingerprint`); None: prefixes of any base are taken.
         num_layers, num_kv_heads, head_dim: the base's; None: unchecked.
     """
@@ -139,21 +139,27 @@ class Registry:
             entry = Entry(name, directory, str(header["digest"]), int(header["num_virtual_tokens"]))
             fingerprint = header["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
-            raise PrefixError(f"prompt {name!r}: altered or damaged, {METADATA_NAME} lacks a field ({error})") from error
+            raise PrefixError(
+                f"prompt {name!r}: altered or damaged, {METADATA_NAME} lacks a field ({error})"
+            ) from error
         wrong = [
             f"{field} (base: {expected}, prefix: {', '.join(map(str, sorted(set(found[field]))))})"
             for field, expected in self._shape.items()
             if expected is not None and set(found[field]) != {expected}
         ]
         if wrong:
-            raise PrefixFingerprintError(f"prompt {name!r}: made for another base model, they differ in {'; '.join(wrong)}")
+            raise PrefixFingerprintError(
+                f"prompt {name!r}: made for another base model, they differ in {'; '.join(wrong)}"
+            )
         if self._fingerprint is not None and fingerprint != self._fingerprint:
             raise PrefixFingerprintError(
                 f"prompt {name!r}: computed with another base model: fingerprint {fingerprint}, the base served here "
                 f"has {self._fingerprint}"
             )
         if entry.num_virtual_tokens < 1:
-            raise PrefixError(f"prompt {name!r}: expected at least one virtual token, found {entry.num_virtual_tokens}")
+            raise PrefixError(
+                f"prompt {name!r}: expected at least one virtual token, found {entry.num_virtual_tokens}"
+            )
         return entry
 
 

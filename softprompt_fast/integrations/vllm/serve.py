@@ -85,7 +85,7 @@ def compile_adapters(adapters: Mapping[str, Path], model: str, dtype: str, folde
         command += ["--dtype", dtype, "--output", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise AdapterError(f"prompt {name!r} can't be compiled: {done.stderr.strip()}")
+            raise AdapterError(f"prompt {name!r} can't be compiled: {done.stderr.rpartition('error: ')[2].strip()}")
         prompts[name] = str(made)
     return prompts
 

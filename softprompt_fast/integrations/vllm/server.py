@@ -3,9 +3,9 @@
 softprompt_fast.integrations.vllm.server.SoftPromptMiddleware``.
 
 ``model`` is a prompt's name, ``BASE:name``, or the base alone for no prompt, in ``/v1/completions`` and
-``/v1/chat/completions``; ``/v1/models`` lists them. The middleware looks at no request. When the server starts it gives
-those two handlers an engine and a list of models that know prompts: the handler asks the list whether it serves the
-request's model, and hands the engine the ids that it made of text or chat, where placeholders are added. So chat
+``/v1/chat/completions``; ``/v1/models`` lists them. The middleware looks at no request. When the server starts it
+gives those two handlers an engine and a list of models that know prompts: the handler asks the list whether it serves
+the request's model, and hands the engine the ids that it made of text or chat, where placeholders are added. So chat
 templates, tools, streams and usage are vLLM's own, and usage counts no virtual token.
 """
 
@@ -26,7 +26,7 @@ from softprompt_fast.integrations.vllm import _internals
 from softprompt_fast.integrations.vllm.front import PromptFront, strip
 from softprompt_fast.integrations.vllm.registry import UnknownPromptError
 
-#: The model that the request of this context asked for, if it is a prompt: (as the client wrote it, the prompt's name).
+#: The model that this context's request asked for, if it is a prompt: (as the client wrote it, the prompt's name).
 _requested: ContextVar[tuple[str, str] | None] = ContextVar("softprompt_fast_requested", default=None)
 
 
@@ -85,7 +85,11 @@ class PromptModels:
         names = await asyncio.to_thread(self._front.registry.names)
         listed.data += [
             ModelCard(
-                id=name, root=base.root, parent=base.id, max_model_len=base.max_model_len, permission=[ModelPermission()]
+                id=name,
+                root=base.root,
+                parent=base.id,
+                max_model_len=base.max_model_len,
+                permission=[ModelPermission()],
             )
             for name in names
         ]
