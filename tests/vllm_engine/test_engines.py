@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,53 +15,10 @@ from softprompt_fast.integrations.vllm import _internals
 from softprompt_fast.integrations.vllm import base as vllm_base
 from softprompt_fast.integrations.vllm.connector import why_not
 from softprompt_fast.prefix_kv import model_fingerprint
+from tests.vllm_engine.engine import run
 from tests.vllm_engine.tiny import Base, make_config, make_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 NEW = 40
-ENGINE = """
-    import json, sys
-    import vllm
-    import softprompt_fast as spf
-
-    if __name__ == "__main__":
-        model, folder, options, rows, names, new = (json.loads(text) for text in sys.argv[1:])
-        fields = {"dtype": "float32", "block_size": 32, "enforce_eager": True, "seed": 0, "disable_log_stats": False}
-        config = spf.vllm.kv_transfer_config(prompts_folder=folder)
-        llm = vllm.LLM(model, kv_transfer_config=config, **fields | options)
-        params = vllm.SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-        outputs = spf.vllm.generate(llm, rows, names, params, use_tqdm=False)
-        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        print("ANSWER", json.dumps([answers, counts["vllm:num_preemptions"]]), flush=True)
-"""
-
-
-def run(
-    base: Base, folder: Path, tmp_path: Path, options: dict[str, Any], asked: list[Any]
-) -> tuple[list[Any], float]:
-    """Answers of an engine of its own, and how often it took a row's blocks away."""
-    script = tmp_path / "engine.py"
-    script.write_text(textwrap.dedent(ENGINE))
-    # One process where there is one rank: starting more takes longer than all the rest.
-    ranks = options.get("tensor_parallel_size", 1)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
-    if ranks > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
-    rows, names = zip(*asked, strict=True)
-    arguments = [json.dumps(value) for value in (str(base.folder), str(folder), options, rows, names, NEW)]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stdout.splitlines() if "ANSWER" in line]
-    assert lines, done.stdout[-6000:] + done.stderr[-6000:]
-    return tuple(json.loads(lines[0].partition("ANSWER ")[2]))
 
 
 def check(base: Base, prefixes: dict[str, PrefixKV], asked: list[Any], answers: list[Any]) -> None:
@@ -83,14 +35,15 @@ def test_little_cache_and_chunks(base: Base, folder: Path, prefixes: dict[str, P
     """36 blocks: rows are preempted and load their prefix again; 48 tokens a step: own tokens come in chunks."""
     options = {"max_model_len": 768, "num_gpu_blocks_override": 36, "max_num_batched_tokens": 48, "max_num_seqs": 16}
     asked = mixed(prefixes, 35)
-    answers, preemptions = run(base, folder, tmp_path, options, asked)
+    answers, preemptions = run(base.folder, folder, tmp_path, options, asked, NEW)
     check(base, prefixes, asked, answers)
     assert preemptions > 0
 
 
 def test_two_tensor_parallel_ranks(base: Base, folder: Path, prefixes: dict[str, PrefixKV], tmp_path: Path) -> None:
     asked = mixed(prefixes, 14)
-    answers, _ = run(base, folder, tmp_path, {"max_model_len": 768, "tensor_parallel_size": 2}, asked)
+    options = {"max_model_len": 768, "tensor_parallel_size": 2}
+    answers, _ = run(base.folder, folder, tmp_path, options, asked, NEW)
     check(base, prefixes, asked, answers)
 
 
@@ -108,7 +61,7 @@ def test_sliding_windows_beside_full_attention(tmp_path: Path) -> None:
     for name, prefix in prefixes.items():
         prefix.save_pretrained(tmp_path / "prompts" / name)
     asked = mixed(prefixes, 6)
-    answers, _ = run(base, tmp_path / "prompts", tmp_path, {"max_model_len": 256}, asked)
+    answers, _ = run(base.folder, tmp_path / "prompts", tmp_path, {"max_model_len": 256}, asked, NEW)
     check(base, prefixes, asked, answers)
 
 
