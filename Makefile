@@ -17,14 +17,21 @@ PINS := requirements-dev.txt
 # A stamp for each step, so that a second run starts at once and a changed input redoes just its own step.
 DEPS := $(VENV)/.stamp-dependencies
 BUILD := $(VENV)/.stamp-build
+# vLLM pins other versions of what the tests use, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_PINS := requirements-vllm.txt
+VLLM_DEPS := $(VLLM_VENV)/.stamp-dependencies
+VLLM_TEST_ARGS ?=
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test lint format native sanitize resources gpu clean
+.PHONY: help install assets demo test test-vllm lint format native sanitize resources gpu clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
 	@echo "make test     lint, then every test"
+	@echo "make test-vllm  the tests of the vLLM plugin alone, in vLLM's own environment"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
@@ -64,6 +71,22 @@ demo: assets
 # One thread a worker: two workers of two threads each on two cores would only wait for one another.
 test: assets lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
+	$(MAKE) test-vllm
+
+$(VLLM_PY): | $(PY)
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# The three that go are optional to vLLM; their CPU wheels are of other torch versions, and fail when imported.
+$(VLLM_DEPS): $(VLLM_PINS) | $(VLLM_PY)
+	$(VLLM_PY) -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' $(VLLM_PINS))"
+	$(VLLM_PY) -m pip --disable-pip-version-check install --quiet --requirement $(VLLM_PINS)
+	$(VLLM_PY) -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# The package is found through the path: its dependencies are there, and the extension is the one built above.
+test-vllm: assets $(VLLM_DEPS)
+	PYTHONPATH=. $(VLLM_PY) -m pytest -c tests/vllm_engine/pytest.ini --rootdir tests/vllm_engine \
+	  tests/vllm_engine $(VLLM_TEST_ARGS)
 
 lint: install
 	$(PY) -m ruff check .
@@ -96,5 +119,5 @@ resources: install
 	$(PY) -m tests.triton_resources --entries
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f softprompt_fast/_C.*

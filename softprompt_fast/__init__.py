@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt_fast._version import __version__
 
 if TYPE_CHECKING:
+    import softprompt_fast.integrations.vllm as vllm
     import softprompt_fast.nn as nn
     import softprompt_fast.ops as ops
     from softprompt_fast.bank import BankOptions
@@ -41,7 +42,11 @@ _HOME = {
     "PrefixKV": "softprompt_fast.prefix_kv",
     "SoftPrompt": "softprompt_fast.prompt",
 }
-_SUBMODULES = ("nn", "ops")
+_SUBMODULES = {
+    "nn": "softprompt_fast.nn",
+    "ops": "softprompt_fast.ops",
+    "vllm": "softprompt_fast.integrations.vllm",
+}
 
 __all__ = [
     "BankOptions",
@@ -56,12 +61,13 @@ __all__ = [
     "explain",
     "nn",
     "ops",
+    "vllm",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        return importlib.import_module(f"softprompt_fast.{name}")
+        return importlib.import_module(_SUBMODULES[name])
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'softprompt_fast' has no attribute {name!r}")

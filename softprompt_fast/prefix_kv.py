@@ -569,6 +569,24 @@ def _parse_header(path: Path, content: str | None) -> dict[str, Any]:
     return header
 
 
+def read_header(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a saved prefix says about itself (``digest``, ``num_virtual_tokens``, ``num_kv_heads``, ...; the content of
+    its JSON file), read from the header of its tensors without reading a tensor.
+
+    Raises:
+        FileNotFoundError: no saved prefix there.
+        PrefixError: truncated, or written by a newer version of the format.
+    """
+    path = Path(directory) / TENSORS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"prefix directory: expected {TENSORS_NAME} in {directory}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _parse_header(path, (file.metadata() or {}).get(_HEADER_KEY))
+    except SafetensorError as error:
+        raise PrefixError(f"{path}: truncated or damaged ({error})") from error
+
+
 def _read(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors. safetensors opens a file twice, once for its header and once (by name) to map its tensors,
     so a replacement in between would mix two versions: call it by ``read_one_version``."""
