@@ -37,3 +37,10 @@ class NonFiniteLossError(SoftPromptError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+class BankFullError(SoftPromptError):
+    """A prefix does not fit a bank's budget: what running calls hold, or what was given, takes it.
+
+    Where holds take it, the same call succeeds once enough of them were released.
+    """
