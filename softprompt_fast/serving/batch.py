@@ -51,18 +51,19 @@ class BatchCache(OwnTokenCache):
             rows: which of its rows. lengths: own tokens of each.
         """
         width = cache.get_seq_length()
-        layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
+        new = [(layer.keys, layer.values) for layer in cache.layers]
         first, last = len(self.starts), len(self.starts) + len(rows)
         if not self._keys:
-            self._keys = [_buffer(layer.keys, last, 2 * (width + 1)) for layer in layers]
-            self._values = [_buffer(layer.values, last, 2 * (width + 1)) for layer in layers]
+            self._keys = [_buffer(keys, last, 2 * (width + 1)) for keys, _ in new]
+            self._values = [_buffer(values, last, 2 * (width + 1)) for _, values in new]
         self._make_room(last, width)
         if self.end < width:
             self._shift(width - self.end)
-        everyone = list(rows) == list(range(layers[0].keys.shape[0]))
-        for i, layer in enumerate(layers):
-            for buffer, new in ((self._keys[i], layer.keys), (self._values[i], layer.values)):
-                buffer[first:last, :, self.end - width : self.end] = new if everyone else new[list(rows)]
+        place = slice(first, last), slice(None), slice(self.end - width, self.end)
+        everyone = list(rows) == list(range(new[0][0].shape[0]))
+        for keys, values, (new_keys, new_values) in zip(self._keys, self._values, new, strict=True):
+            keys[place] = new_keys if everyone else new_keys[list(rows)]
+            values[place] = new_values if everyone else new_values[list(rows)]
         self.starts += [self.end - length for length in lengths]
 
     def leave(self, row: int) -> None:

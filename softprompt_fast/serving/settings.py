@@ -94,9 +94,8 @@ class ServeSettings:
             raise SettingsError(f"--port: expected 0 to 65535, found {self.port}")
         if not self.timeout > 0:
             raise SettingsError(f"--timeout: expected more than 0 seconds, found {self.timeout}")
-        if self.api_key is not None and (
-            not self.api_key or not self.api_key.isascii() or not _printable(self.api_key)
-        ):
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and _printable(key)):
             raise SettingsError("--api-key: expected printable ASCII characters, and at least one")
         if self.api_key is None and not is_loopback(self.host):
             raise SettingsError(
