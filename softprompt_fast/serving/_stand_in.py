@@ -38,11 +38,19 @@ class StandInBank:
         if self._last is None or self._last[0] != key:
             compiled = [Compiled.of(held.prefix) for held in distinct.values()]
             with torch.inference_mode(False), torch.no_grad():
-                packed = pack(*zip(*key, strict=True), compiled, self._dtype)  # type: ignore[arg-type]
+                prompts, versions = zip(*key, strict=True)
+                packed = pack(prompts, versions, compiled, self._dtype)
             self._last = key, packed
         place = {name: i for i, name in enumerate(key)}
         index = [-1 if held is None else place[held.prompt, held.version] for held in rows]
         return self._last[1], torch.tensor(index, dtype=torch.int32, device=self._device)
 
-    def metrics(self) -> dict[str, int]:
+    @property
+    def names(self) -> list[str]:
+        return self._bank.names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._bank
+
+    def metrics(self) -> dict[str, int | float]:
         return {"prompts": len(self._bank)}

@@ -115,7 +115,7 @@ class Engine:
         #: Virtual, own and new tokens of a row at most; None where nothing limits them.
         self.max_model_len: int | None = min(limits, default=None)
         self.timeout = timeout
-        self._on_finish = on_finish
+        self.on_finish = on_finish
         self._bank = getattr(model, "bank", None) or StandInBank(model)
         self._num_layers = hooks.num_attention_layers(model.base)
         self._vocab_size: int = model.base.get_input_embeddings().num_embeddings
@@ -177,7 +177,26 @@ class Engine:
 
     @property
     def draining(self) -> bool:
+        """Whether it takes no new request."""
         return self._closing
+
+    @property
+    def decode_text(self) -> Callable[[list[int]], str] | None:
+        """Token ids -> text without special tokens; None without a tokenizer. Thread-safe."""
+        return self._decode_text
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """The soft prompts that requests may name now."""
+        return self._bank.names
+
+    def has_prompt(self, name: str) -> bool:
+        """Whether a request may name it."""
+        return name in self._bank
+
+    def bank_metrics(self) -> dict[str, int | float]:
+        """The prompt bank's counters and sizes."""
+        return self._bank.metrics()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no new request and wait until all have ended; what has not after `timeout` seconds is cancelled.
@@ -554,9 +573,9 @@ class Engine:
         stream.finished = time.monotonic()
         stream._chunks.put(None)
         self._touched.append(stream)
-        if self._on_finish is not None:
+        if self.on_finish is not None:
             try:
-                self._on_finish(stream)
+                self.on_finish(stream)
             except Exception:
                 logger.exception("on_finish failed")
         return True

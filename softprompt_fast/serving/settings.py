@@ -61,7 +61,7 @@ class ServeSettings:
     chat_template: str | None = None
     max_batch: int = 32
     max_waiting: int = 256
-    max_prefill_tokens: int = 2048
+    max_prefill_tokens: int = 512
     max_model_len: int | None = None
     timeout: float = 600.0
     grace: float = 30.0
@@ -104,9 +104,13 @@ class ServeSettings:
             )
         if self.admin and (self.api_key is None or self.prompts_folder is None):
             raise SettingsError("--admin: needs --api-key and --prompts, the folder that prompts may come from")
-        for name in (*self.prompts, self.base_name):
+        for option, name in (("--model", self.base_name), *(("--prompt", name) for name in self.adapters)):
             if (why := why_no_name(name)) is not None:
-                raise SettingsError(f"{'--model' if name == self.base_name else '--prompt'}: {why}")
+                raise SettingsError(f"{option}: {why}")
+        if self.base_name in self.adapters:
+            raise SettingsError(
+                f"--prompt: {self.base_name!r} is what the base is called; give it another --served-model-name"
+            )
 
     @property
     def base_name(self) -> str:
