@@ -39,7 +39,7 @@ OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_stat
 # The most telling first, should time run out.
 MODEL_STEMS = (
     *("gpu", "model", "generate", "cache", "nn", "losses", "training"),
-    *("bank", "concurrency", "compile", "encoder", "autocast"),
+    *("bank", "bank_tiers", "bank_random", "concurrency", "compile", "encoder", "autocast"),
 )
 MODEL_FILES = [f"tests/test_{name}.py" for name in MODEL_STEMS]
 MORE_MODEL_FILES = [f"tests/test_{name}.py" for name in ("encoder_decoder", "families", "generate_families", "oracle")]
@@ -51,7 +51,7 @@ CPU_FILES = {
     ),
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",
-        "readme", "gpu_command", "accumulation", "bench_train", "train_cli", "self_study",
+        "readme", "gpu_command", "accumulation", "arena", "bench_train", "train_cli", "self_study",
         "engine", "sampler", "server", "server_cli",
     ),
     "training loops of other libraries, in processes of their own": ("trainer", "distributed"),

@@ -22,6 +22,7 @@ from softprompt_fast._version import __version__
 if TYPE_CHECKING:
     import softprompt_fast.nn as nn
     import softprompt_fast.ops as ops
+    from softprompt_fast.bank import BankOptions
     from softprompt_fast.encoder import EncoderDecoderSoftPromptModel, EncoderSoftPromptModel
     from softprompt_fast.explanation import Explanation, explain
     from softprompt_fast.model import SoftPromptModel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "accelerate": "softprompt_fast.wrap",
+    "BankOptions": "softprompt_fast.bank",
     "EncoderDecoderSoftPromptModel": "softprompt_fast.encoder",
     "EncoderSoftPromptModel": "softprompt_fast.encoder",
     "Explanation": "softprompt_fast.explanation",
@@ -42,6 +44,7 @@ _HOME = {
 _SUBMODULES = ("nn", "ops")
 
 __all__ = [
+    "BankOptions",
     "EncoderDecoderSoftPromptModel",
     "EncoderSoftPromptModel",
     "Explanation",

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -68,3 +71,34 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def identity(*paths: Path) -> Hashable:
+    """Which files, and which version of each, stand under `paths` now; those that don't exist count too."""
+    found: list[tuple[int, int, int] | None] = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except FileNotFoundError:
+            found.append(None)
+    return tuple(found)
+
+
+def read_one_version(read: Callable[[], _T], *paths: Path) -> _T:
+    """``read()``, of one and the same version of `paths`, also while a writer replaces them: again where one changed.
+
+    Raises:
+        OSError: they were replaced again and again. Further, what ``read()`` raises.
+    """
+    for _ in range(100):
+        before = identity(*paths)
+        try:
+            found = read()
+        except Exception:
+            if identity(*paths) == before:
+                raise
+            continue
+        if identity(*paths) == before:
+            return found
+    raise OSError(f"{paths[0]}: replaced again and again while it was read")

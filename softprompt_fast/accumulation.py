@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from softprompt_fast.bank import Compiled, RowPrompt
+from softprompt_fast.packed import Compiled, RowPrompt
 
 logger = logging.getLogger("softprompt_fast")
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt_fast import expanded
-from softprompt_fast.bank import Compiled
 from softprompt_fast.cache import OwnTokenCache
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import LazyDecoder
+from softprompt_fast.packed import Compiled
 from softprompt_fast.prefix_kv import PrefixKV, base_config_fields, model_fingerprint
 from softprompt_fast.prompt import SoftPrompt
 
@@ -38,16 +38,21 @@ class PromptCompiler:
         self._limit = hooks.position_limit(base)
         self._lock = threading.Lock()
         self._fingerprint: str | None = None
+        self._changes = 0  # counts calls of forget()
 
     @property
     def fingerprint(self) -> str:
         """Digest of the base's architecture and weights, computed once."""
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self._base)
-        return self._fingerprint
+        known = self._fingerprint
+        while known is None:
+            changes, found = self._changes, model_fingerprint(self._base)
+            if changes == self._changes:  # else it may be of old weights, or of some of them
+                known = self._fingerprint = found
+        return known
 
     def forget(self) -> None:
         """The base's weights, dtype or device changed."""
+        self._changes += 1
         self._fingerprint = None
 
     def frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:

@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from softprompt_fast.bank import Packed
 from softprompt_fast.cache import OwnTokenCache
+from softprompt_fast.packed import Packed
 
 _MOST_RESERVED = 1024
 

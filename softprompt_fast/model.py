@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +23,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from softprompt_fast import expanded
+from softprompt_fast._io import identity
 from softprompt_fast.accumulation import GradientAccumulation
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends._registry import requested
-from softprompt_fast.bank import Compiled, Packed, PromptBank, RowPrompt
+from softprompt_fast.bank import BankOptions, Held, PromptBank
 from softprompt_fast.cache import OwnTokenCache, adopt, drop_first_token, make_static_cache
 from softprompt_fast.compiling import PromptCompiler
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
@@ -33,8 +37,9 @@ from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
 from softprompt_fast.integrations.head import BaseHead, LazyHead, vocab_size
 from softprompt_fast.losses import Terms, padding_columns
+from softprompt_fast.packed import Compiled, Packed, RowPrompt
 from softprompt_fast.packing import SEGMENT_ARGUMENTS, find_segments
-from softprompt_fast.prefix_kv import PrefixKV
+from softprompt_fast.prefix_kv import TENSORS_NAME, PrefixKV
 from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.prompted import PromptedModel
 from softprompt_fast.rows import (
@@ -55,6 +60,46 @@ from softprompt_fast.scoring import LabelledCall, LabelledStates
 logger = logging.getLogger("softprompt_fast")
 
 
+@dataclass(frozen=True)
+class _PromptDirectory:
+    """A registered prompt: :class:`~softprompt_fast.bank.Source` for one model's bank."""
+
+    model: SoftPromptModel
+    directory: Path
+
+    def load(self) -> SoftPrompt | PrefixKV:
+        return self.model._checked(self.model._read_prompt(self.directory))
+
+    def num_tasks(self) -> int | None:
+        if PrefixKV.is_saved_at(self.directory):
+            return None
+        config = peft_io.read_adapter_config(self.directory)
+        return config.get("num_tasks") if config.get("peft_type") == "MULTITASK_PROMPT_TUNING" else None
+
+    def identity(self) -> Hashable:
+        return identity(self.directory / TENSORS_NAME, *peft_io.adapter_files(self.directory))
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What a call attends to, until it is released.
+
+    Attributes:
+        packed: the prefixes; None: no row has one.
+        index: int32 ``[B]``, each row's place in `packed`, -1 for none; None: all rows use the only one.
+        held: what must stay in the bank until then.
+    """
+
+    packed: Packed | None = None
+    index: Tensor | None = None
+    held: tuple[Held | None, ...] = ()
+
+    def release(self) -> None:
+        for held in self.held:
+            if held is not None:
+                held.release()
+
+
 _CACHE_IS_DROPPED = (
     "past_key_values: gradient checkpointing ignores caches in training mode; call eval(), or "
     "gradient_checkpointing_disable() on the base"
@@ -70,6 +115,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         backend: force one backend of the ops ("reference", "torch", ...); None picks automatically.
         freeze_base: turn the base's gradients off, as PEFT does; False leaves them, and :meth:`invalidate` has to be
             called when its weights have changed.
+        bank: budgets and storage of the prompts' prefixes (:class:`~softprompt_fast.bank.BankOptions`).
 
     Results equal PEFT's on each row alone and unpadded, whatever the padding and the neighbours. Logits are
     ``[B, S, V]``: one per own token. A prompt that requires grad is differentiated whenever grad is enabled (its
@@ -85,7 +131,14 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     _is_stateful = False
     _supports_cache_class = True
 
-    def __init__(self, base: PreTrainedModel, *, backend: str | None = None, freeze_base: bool = True) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        backend: str | None = None,
+        freeze_base: bool = True,
+        bank: BankOptions | None = None,
+    ) -> None:
         if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
             raise TypeError(f"base: expected a transformers causal LM, found {type(base).__name__}")
         if base.config.is_encoder_decoder:
@@ -113,7 +166,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         self._fused = LazyDecoder(base)
         self._head = LazyHead(base)
         self._compiler = PromptCompiler(base, self._fused, backend, is_expanded=self._why_expanded is not None)
-        self._bank = PromptBank(self._compiler.frozen)
+        self._bank = PromptBank(self._compiler.frozen, bank, device=self.device, dtype=self.dtype)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -126,6 +179,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         prompt_name: str = "default",
         trainable: bool = False,
         backend: str | None = None,
+        bank: BankOptions | None = None,
         **base_kwargs: Any,
     ) -> SoftPromptModel:
         """A model with one prompt, read from a PEFT adapter directory (PEFT need not be installed) or a PrefixKV's.
@@ -135,6 +189,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             adapter: directory of the adapter; None for no prompt yet.
             prompt_name: the name to give it.
             trainable: let its parameters require grad.
+            bank: as the class takes it.
             base_kwargs: passed on when the base is loaded here (``dtype``, ``gguf_file``, ...).
 
         Raises:
@@ -144,7 +199,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             from transformers import AutoModelForCausalLM
 
             base = AutoModelForCausalLM.from_pretrained(base, **base_kwargs).eval()
-        model = cls(base, backend=backend)
+        model = cls(base, backend=backend, bank=bank)
         if adapter is not None:
             model.load_prompt(prompt_name, adapter, trainable=trainable)
         return model
@@ -153,12 +208,39 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         self, name: str, directory: str | os.PathLike[str], *, trainable: bool = False, replace: bool = False
     ) -> None:
         """Load a PEFT adapter directory or a saved :class:`PrefixKV` under `name`."""
+        self.add_prompt(name, self._read_prompt(directory, trainable=trainable), replace=replace)
+
+    def _read_prompt(self, directory: str | os.PathLike[str], *, trainable: bool = False) -> SoftPrompt | PrefixKV:
         if PrefixKV.is_saved_at(directory):
-            self.add_prompt(name, PrefixKV.from_pretrained(directory, base_model=self.base), replace=replace)
-        else:
-            table = self.base.get_input_embeddings() if trainable else None
-            prompt = peft_io.load_adapter(directory, trainable=trainable, token_embeddings=table)
-            self.add_prompt(name, prompt, replace=replace)
+            prefix = PrefixKV.from_pretrained(directory)
+            prefix.check_base(self.base, fingerprint=self.base_fingerprint)
+            return prefix
+        table = self.base.get_input_embeddings() if trainable else None
+        return peft_io.load_adapter(directory, trainable=trainable, token_embeddings=table)
+
+    def register_prompt(self, name: str, directory: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Put a PEFT adapter directory or a saved :class:`PrefixKV` under `name` without reading it: it is loaded,
+        frozen, when it is first used, and again after the bank dropped it. A saved prefix stays a map of its file
+        where it has the model's dtype: replace such files (by renaming, as ``save_pretrained`` does) and don't write
+        into them. To have a change seen at once, register the prompt again.
+
+        Raises:
+            FileNotFoundError: `directory` holds neither. What else is wrong with it shows when the prompt is used,
+                and hurts no other.
+            ValueError: `name` is taken.
+        """
+        directory = Path(os.path.abspath(directory))
+        if not PrefixKV.is_saved_at(directory) and not peft_io.is_adapter_at(directory):
+            raise FileNotFoundError(f"prompt {name!r}: expected an adapter or a saved prefix in {directory}")
+        self._bank.register(name, _PromptDirectory(self, directory), replace=replace)
+        self._dispose(name)
+        if self.active_prompt is None:
+            self.active_prompt = name
+
+    @property
+    def bank(self) -> PromptBank:
+        """Where the prompts' prefixes are kept; a server holds them there for its requests."""
+        return self._bank
 
     def add_prompt(self, name: str, prompt: SoftPrompt | PrefixKV, *, replace: bool = False) -> None:
         """Put a prompt under `name`, on the base model's device and in its dtype; an 8-bit prefix
@@ -168,24 +250,30 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             ValueError: `name` is taken, or the prompt doesn't fit the base model (expected and found are named).
             TypeError: `prompt` is neither a SoftPrompt nor a PrefixKV.
         """
-        if isinstance(prompt, SoftPrompt):
-            peft_io.check_compatible(prompt, self.base)
-            prompt.check_finite()
-            prompt = prompt.to(self.device)
-        elif isinstance(prompt, PrefixKV):
-            prompt.check_compatible(self.base)
-            prompt.check_base(self.base, fingerprint=self.base_fingerprint)
-            prompt.check_finite()
-            prompt = prompt.to(device=self.device, dtype=self.dtype)
-        else:
-            raise TypeError(f"prompt: expected SoftPrompt or PrefixKV, found {type(prompt).__name__}")
-        self._bank.add(name, prompt, replace=replace)
-        if name in self._keys:
-            del self.prompts[self._keys.pop(name)]
+        self._bank.add(name, self._checked(prompt), replace=replace)
+        self._dispose(name)
         if isinstance(prompt, SoftPrompt):
             self._register_prompt(name, prompt)
         if self.active_prompt is None:
             self.active_prompt = name
+
+    def _checked(self, prompt: SoftPrompt | PrefixKV) -> SoftPrompt | PrefixKV:
+        """`prompt` if it serves this base, a soft prompt on its device."""
+        if isinstance(prompt, SoftPrompt):
+            peft_io.check_compatible(prompt, self.base)
+            prompt.check_finite()
+            return prompt.to(self.device)
+        if not isinstance(prompt, PrefixKV):
+            raise TypeError(f"prompt: expected SoftPrompt or PrefixKV, found {type(prompt).__name__}")
+        prompt.check_compatible(self.base)
+        prompt.check_base(self.base, fingerprint=self.base_fingerprint)
+        prompt.check_finite()
+        return prompt
+
+    def _dispose(self, name: str) -> None:
+        """Take the soft prompt that was called `name`, if one was, out of the submodules."""
+        if name in self._keys:
+            del self.prompts[self._keys.pop(name)]
 
     def cartridge_from_tokens(
         self, input_ids: Tensor, *, num_virtual_tokens: int | None = None, num_frozen_tokens: int = 1
@@ -219,8 +307,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
     def remove_prompt(self, name: str) -> None:
         """Drop a prompt; if it was the active one, none is."""
         self._bank.remove(name)
-        if name in self._keys:
-            del self.prompts[self._keys.pop(name)]
+        self._dispose(name)
         if self.active_prompt == name:
             self.active_prompt = None
 
@@ -229,11 +316,15 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         return self._bank.names
 
     def get_prompt(self, name: str) -> SoftPrompt | PrefixKV:
-        """The prompt called `name`; KeyError with the known names if there is none."""
+        """The prompt called `name` (a registered one is loaded for this); KeyError with known names if there is
+        none."""
         return self._bank[name]
 
+    def _check_name(self, name: str) -> None:
+        self._bank.check_name(name)
+
     def compile_prompt(self, name: str, *, task: int | None = None) -> PrefixKV:
-        """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`)."""
+        """The frozen prefix of prompt `name` (for a multitask prompt, of its `task`), as the bank stores it."""
         return self._bank.prefix(name, self._bank.check_task(name, task))
 
     def invalidate(self) -> None:
@@ -267,12 +358,13 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
 
     def _is_trainable(self, name: str) -> bool:
         """Whether the prefix of `name` has a gradient to give: to the prompt, or to a base that is trained as well."""
+        base_trains = any(p.requires_grad for p in self.base.parameters())
+        if self._bank.is_registered(name) and not base_trains:
+            return False
         prompt = self._bank[name]
         if isinstance(prompt, PrefixKV):
             return False
-        return prompt.trainable or (
-            prompt.kind == "embedding" and any(p.requires_grad for p in self.base.parameters())
-        )
+        return prompt.trainable or (prompt.kind == "embedding" and base_trains)
 
     def _select(
         self,
@@ -283,15 +375,23 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         training: bool = False,
         virtual_logits: bool = False,
         next_logits: bool = True,
-    ) -> tuple[Packed | None, Tensor | None]:
-        """The packed prefixes of this batch and each row's index into them (None: all rows use the only one).
-        `virtual_logits`, `next_logits`: whether those are wanted of prefixes that are computed in this call."""
+        output_attentions: bool | None = False,
+    ) -> _Selection:
+        """The prefixes of this batch; to be released when the call is done.
+
+        Args:
+            virtual_logits, next_logits: whether those are wanted of prefixes that are computed in this call.
+            output_attentions: whether weights over all packed entries are.
+        """
+        if isinstance(prompt, Packed) and not prompt.is_sparse:
+            return _Selection(prompt)
+        in_place = not output_attentions and self._reads_places()
         if isinstance(prompt, Packed):
-            return prompt, None
+            return _Selection(prompt if in_place else prompt.dense(self.dtype))
         rows = self._row_prompts(prompt, task_ids, batch)
         distinct = list(dict.fromkeys(row for row in rows if row is not None))
         if not distinct:
-            return None, None
+            return _Selection()
         names = {name for name, _ in distinct}
         trainable = {name for name in names if torch.is_grad_enabled() and self._is_trainable(name)}
         if training and trainable and trainable != names:
@@ -302,13 +402,40 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if trainable or virtual_logits:
             compiled = self._compile_once_a_step(distinct, virtual_logits, next_logits)
             packed = self._bank.pack(distinct, compiled, self.dtype)
+        elif in_place:
+            return self._hold_rows(rows, indexed=len(distinct) > 1 or None in rows)
         else:
             packed = self._bank.packed(distinct, self.dtype)
         if len(distinct) == 1 and None not in rows:
-            return packed, None
+            return _Selection(packed)
         place: dict[RowPrompt | None, int] = {row: i for i, row in enumerate(distinct)}
         place[None] = -1
-        return packed, torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
+        index = torch.tensor([place[row] for row in rows], dtype=torch.int32, device=self.device)
+        return _Selection(packed, index)
+
+    def _hold_rows(self, rows: list[RowPrompt | None], *, indexed: bool) -> _Selection:
+        held = tuple(self._bank.hold_all(rows))
+        try:
+            packed, index = self._bank.pack_held(held)
+        except BaseException:
+            _Selection(held=held).release()
+            raise
+        return _Selection(packed, index if indexed else None, held)
+
+    def _reads_places(self) -> bool:
+        """Whether a call now attends to prefixes where they lie in the bank's storage: where it makes no graph, which
+        would keep them, and is served by kernels that neither touch nor convert the entries between."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.base.training:
+            return False
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return False
+        serving, _ = serving_backend("prefix_attention", device, self.backend)
+        if self._bank.options.dtype is not None:
+            return serving == "triton" or (
+                serving == "cpu" and self._bank.options.dtype == torch.int8 and self.dtype != torch.float64
+            )
+        return serving in ("cpu", "triton") or (serving == "torch" and device == "cpu")
 
     def _compile_once_a_step(
         self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool
@@ -346,7 +473,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         for name in dict.fromkeys(name for name, _ in rows):
             prompt = self._bank[name]
             if isinstance(prompt, PrefixKV):
-                compiled[name, None] = Compiled.of(prompt)
+                compiled[name, None] = Compiled.of(prompt.to(self.device, self.dtype))
                 continue
             wanted = [row for row in rows if row[0] == name]
             tasks = None if wanted[0][1] is None else [task for _, task in wanted if task is not None]
@@ -479,16 +606,64 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             )
         elif return_token_scores:
             raise ValueError("return_token_scores: needs labels")
-        packed, index = self._select(
+        selected = self._select(
             prompt,
             task_ids,
             batch,
             training=self.training and call is not None,
             virtual_logits=call is not None and call.cpt,
             next_logits=call is None or call.wants_predictions,
+            output_attentions=kwargs.get("output_attentions"),
         )
-        index = prompt_index if prompt_index is not None else index
-        past = self._own_length(past_key_values, packed, index)
+        run = functools.partial(
+            self._run_selected,
+            packed=selected.packed,
+            index=prompt_index if prompt_index is not None else selected.index,
+            call=call,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            input_type_mask=input_type_mask,
+            own_start=own_start,
+            own_end=own_end,
+            cache=past_key_values,
+            use_cache=use_cache if use_cache is not None else labels is None and self.config.use_cache,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        if not selected.held:  # dynamo traces no `finally` behind a graph break
+            out = run()
+        else:
+            try:
+                out = run()
+            finally:
+                selected.release()
+        return out.to_tuple() if return_dict is False else out
+
+    def _run_selected(
+        self,
+        *,
+        packed: Packed | None,
+        index: Tensor | None,
+        call: LabelledCall | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        input_type_mask: Tensor | None,
+        own_start: Tensor | None,
+        own_end: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: Tensor | int | None,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`forward` behind the prefixes that it selected."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        batch, length = given.shape[:2]
+        past = self._own_length(cache, packed, index)
         if call is None and own_start is None and attention_mask is not None:
             own_start, own_end = own_ranges(attention_mask, batch, past, length)
         padding = None
@@ -519,8 +694,8 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             index=index,
             own_start=own_start,
             own_end=own_end,
-            cache=past_key_values,
-            use_cache=use_cache if use_cache is not None else labels is None and self.config.use_cache,
+            cache=cache,
+            use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             head=head,
             labelled=labelled,
@@ -530,7 +705,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             predict_empty_rows(out, packed, index, own_start, own_end, length, required=call is None)
         if call is not None and terms is not None:
             out = call.result(out, terms, logits_to_keep, packed, num_items_in_batch)
-        return out.to_tuple() if return_dict is False else out
+        return out
 
     def _own_length(self, cache: Cache | None, packed: Packed | None, index: Tensor | None) -> int | Tensor:
         """Own tokens that each row has in `cache`."""
@@ -711,9 +886,34 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         if hooks.drops_cache(self.base):
             raise ValueError(_CACHE_IS_DROPPED)
         own_start, own_end = (None, None) if attention_mask is None else padding_ranges(attention_mask)
-        packed, index = self._select(prompt, task_ids, batch)
-        self._check_rows_fit(batch, length, attention_mask, packed, index)
         config = kwargs.get("generation_config") or self.generation_config
+        selected = self._select(
+            prompt, task_ids, batch, output_attentions=kwargs.get("output_attentions", config.output_attentions)
+        )
+        try:
+            return self._generate_selected(
+                selected, batch, length, config, input_ids, attention_mask, own_start, own_end, **kwargs
+            )
+        finally:
+            selected.release()
+
+    def _generate_selected(
+        self,
+        selected: _Selection,
+        batch: int,
+        length: int,
+        config: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        own_start: Tensor | None,
+        own_end: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`generate` behind the prefixes that it selected."""
+        packed, index, inputs_embeds = selected.packed, selected.index, kwargs.get("inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        self._check_rows_fit(batch, length, attention_mask, packed, index)
         if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
             raise ValueError("guidance_scale: not supported; what an unconditional row attends to is not defined here")
         if kwargs.get("position_ids") is not None:
@@ -741,7 +941,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
             if inputs_embeds is not None or kwargs.get("past_key_values") is not None:
                 raise ValueError("attention_mask: right padding needs input_ids and no cache; pad on the left instead")
             # A row's continuation follows its last real token, so padding has to stand on the left.
-            shown, input_ids = input_ids, right_align(input_ids, own_end)
+            shown, input_ids = given, right_align(given, own_end)
             own_start = (own_start if own_start is not None else 0) + (length - own_end)
             attention_mask = (torch.arange(length, device=input_ids.device) >= own_start[:, None]).long()
         if own_start is not None:
@@ -901,7 +1101,7 @@ class SoftPromptModel(PromptedModel, GenerationMixin):
         super()._apply(fn, recurse)
         self._compiler.forget()
         self._fused.forget()
-        self._bank.map_prefixes(lambda prefix: prefix.to(device=self.device, dtype=self.dtype))
+        self._bank.move(self.device, self.dtype)
         return self
 
 

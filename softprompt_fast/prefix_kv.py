@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory
+from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory, read_one_version
 from softprompt_fast.backends import quantized
 from softprompt_fast.errors import IncompatibleBaseError, PrefixError, PrefixFingerprintError
 from softprompt_fast.prompt import BaseShape, check_finite
@@ -124,6 +124,8 @@ class PrefixKV:
         self.next_logits = None if next_logits is None else next_logits.detach()
         self.method = method
         self.fingerprint = fingerprint
+        #: Whether the tensors are pages of a file, which the system reads as they are used and may drop again.
+        self.is_mapped = False
         try:
             self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
         except TypeError as error:
@@ -334,7 +336,7 @@ class PrefixKV:
         path = Path(directory) / TENSORS_NAME
         if not path.is_file():
             raise FileNotFoundError(f"prefix directory: expected {TENSORS_NAME} in {directory}")
-        header, tensors = _read_one_version(path, str(device))
+        header, tensors = read_one_version(lambda: _read(path, str(device)), path)
         _check_sidecar(path.with_name(METADATA_NAME), header)
 
         digest = header.pop("digest", None)
@@ -353,6 +355,7 @@ class PrefixKV:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PrefixError(f"{path}: altered or damaged, header and tensors disagree ({error})") from error
+        prefix.is_mapped = prefix.device.type == "cpu"
         if verify:
             prefix.__dict__["digest"] = digest  # known to be right: fills the cached property
         if base_model is not None:
@@ -566,30 +569,15 @@ def _parse_header(path: Path, content: str | None) -> dict[str, Any]:
     return header
 
 
-def _read_one_version(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of one and the same version of the file, also while a writer replaces it.
-
-    safetensors opens a file twice, once for its header and once (by name) to map its tensors, so a replacement in
-    between would mix two versions; what stands under the name must be the same file before and after.
-    """
-    for _ in range(100):
-        before = _identity(path)
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                header = _parse_header(path, (file.metadata() or {}).get(_HEADER_KEY))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            if _identity(path) == before:
-                raise PrefixError(f"{path}: truncated or damaged ({error})") from error
-            continue
-        if _identity(path) == before:
-            return header, tensors
-    raise PrefixError(f"{path}: replaced again and again while it was read")
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
+def _read(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors. safetensors opens a file twice, once for its header and once (by name) to map its tensors,
+    so a replacement in between would mix two versions: call it by ``read_one_version``."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            header = _parse_header(path, (file.metadata() or {}).get(_HEADER_KEY))
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PrefixError(f"{path}: truncated or damaged ({error})") from error
 
 
 def _check_sidecar(path: Path, header: Mapping[str, Any]) -> None:

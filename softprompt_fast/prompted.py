@@ -63,8 +63,12 @@ class PromptedModel(nn.Module):
     def set_prompt(self, name: str | None) -> None:
         """Make `name` the prompt of calls that name none (None: no prompt)."""
         if name is not None:
-            self.get_prompt(name)
+            self._check_name(name)
         self.active_prompt = name
+
+    def _check_name(self, name: str) -> None:
+        """KeyError with known names if no prompt is called `name`."""
+        self.get_prompt(name)
 
     def save_prompt(self, name: str, directory: Any) -> None:
         """Write prompt `name` as an adapter directory that PEFT loads back with equal outputs.
@@ -134,7 +138,7 @@ class PromptedModel(nn.Module):
             raise TypeError(f"prompt: expected a name, a list of names or None, found {type(prompt).__name__}")
         for name in dict.fromkeys(names):
             if name is not None:
-                self.get_prompt(name)
+                self._check_name(name)
         return names
 
     def _register_prompt(self, name: str, prompt: SoftPrompt) -> str:

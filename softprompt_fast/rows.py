@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from softprompt_fast.bank import Packed, RowPrompt
 from softprompt_fast.cache import rows_held
 from softprompt_fast.losses import IGNORE
+from softprompt_fast.packed import Packed, RowPrompt
 
 
 def check_inputs(
@@ -185,12 +185,13 @@ def predict_empty_rows(
         if predicted is None:
             why = "no prompt"
             if packed is not None and place >= 0:
-                why = f"a prefix of keys and values only ({packed.prompts[place][0]!r})"
+                prompt = packed.prompts[place]
+                why = f"a prefix of keys and values only ({None if prompt is None else prompt[0]!r})"
             raise ValueError(
                 f"input_ids: row {row} has no own token and {why}, so nothing predicts its first token; "
                 "give it at least one, e.g. the BOS token"
             )
-        logits[row, -1] = predicted.to(logits.dtype)
+        logits[row, -1] = predicted.to(logits)
     out["logits"] = logits
 
 
@@ -203,18 +204,40 @@ def right_align(input_ids: Tensor, own_end: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a cache's tokens belong to: per row a prefix and the start of its own tokens. Kept on the cache itself."""
+    """What a cache's tokens belong to: per row a prefix and the start of its own tokens. Kept on the cache itself,
+    which may outlive the prefixes' storage: so it has their names and versions only.
 
-    packed: Packed | None
+    Attributes:
+        prompts, versions: of the batch's places (:class:`~softprompt_fast.packed.Packed`).
+        index: int32 ``[B]``, each row's place, -1 for none; None: all rows have the only one.
+        own_start: int ``[B]`` or None for 0.
+        right_padded: whether rows end before their last column.
+    """
+
+    prompts: tuple[RowPrompt | None, ...]
+    versions: tuple[int, ...]
     index: Tensor | None
     own_start: Tensor | None
-    right_padded: bool
+    right_padded: bool = False
 
-    def rows(self, batch: int) -> list[tuple[RowPrompt, int] | None]:
+    @classmethod
+    def of(
+        cls, packed: Packed | None, index: Tensor | None, own_start: Tensor | None, right_padded: bool = False
+    ) -> Claim:
+        if packed is None:
+            return cls((), (), index, own_start, right_padded)
+        return cls(packed.prompts, packed.versions, index, own_start, right_padded)
+
+    def is_of(self, packed: Packed | None, index: Tensor | None, own_start: Tensor | None) -> bool:
+        """Whether it was made of these very objects."""
+        same = self.versions is packed.versions if packed is not None else not self.versions
+        return same and self.index is index and self.own_start is own_start
+
+    def rows(self, batch: int) -> list[tuple[RowPrompt | None, int] | None]:
         """Each row's prompt and the version of it."""
-        if self.packed is None:
+        if not self.prompts:
             return [None] * batch
-        known = [*zip(self.packed.prompts, self.packed.versions, strict=True), None]
+        known = [*zip(self.prompts, self.versions, strict=True), None]
         return [known[0]] * batch if self.index is None else [known[place] for place in self.index.tolist()]
 
 
@@ -267,10 +290,14 @@ def claim_rows(
     if held is not None and held != batch:
         raise ValueError(f"past_key_values: expected a cache of {batch} rows, as in this batch, found one of {held}")
     before: Claim | None = getattr(cache, "soft_prompt_claim", None)
-    if before is not None and before.packed is packed and before.index is index and before.own_start is own_start:
+    now = Claim.of(packed, index, own_start, own_end is not None)
+    if torch.compiler.is_compiling():
+        cache.soft_prompt_claim = now
         return own_start
-    now = Claim(packed, index, own_start, own_end is not None)
-    if torch.compiler.is_compiling() or int(past) == 0:
+    # The very same objects, as in every decoding step of `generate`.
+    if before is not None and before.is_of(packed, index, own_start):
+        return own_start
+    if int(past) == 0:
         cache.soft_prompt_claim = now
         return own_start
     if before is None:
@@ -294,7 +321,7 @@ def claim_rows(
         own_start = before.own_start
     elif before.own_start is None or not torch.equal(before.own_start, own_start):
         raise ValueError("attention_mask: its left padding is not that of the tokens in past_key_values")
-    cache.soft_prompt_claim = Claim(packed, index, own_start, False)
+    cache.soft_prompt_claim = Claim.of(packed, index, own_start)
     return own_start
 
 

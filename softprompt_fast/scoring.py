@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from softprompt_fast.bank import Packed
 from softprompt_fast.integrations import trainer
 from softprompt_fast.losses import IGNORE, Head, Terms, causal_lm_terms, cpt_terms, split_labels, visible_labels
+from softprompt_fast.packed import Packed
 from softprompt_fast.prefix_kv import PrefixKV
 from softprompt_fast.prompt import SoftPrompt
 from softprompt_fast.rows import check_labels
@@ -113,10 +113,11 @@ class LabelledCall:
             predicts = () if packed is None else [logits is not None for logits in packed.next_logits]
             return causal_lm_terms(self.labels, self.own_start, index, predicts)
         groups = []
-        for place, (name, _) in enumerate(packed.prompts):
+        for place, row_prompt in enumerate(packed.prompts):
+            assert row_prompt is not None  # prompts that the call ran itself lie end to end
             rows = torch.arange(len(self.labels), device=self.labels.device)
             rows = rows if index is None else rows[index == place]
-            prompt = prompt_of(name)
+            prompt = prompt_of(row_prompt[0])
             assert isinstance(prompt, SoftPrompt)
             types = None if input_type_mask is None else input_type_mask[rows]
             unused = None if padding is None else padding[rows]

@@ -281,9 +281,9 @@ def test_nothing_outlives_its_step(way: str) -> None:
     select = model._select
 
     def spied(*args: object, **kwargs: object) -> object:
-        packed, index = select(*args, **kwargs)
-        leaves.extend(map(weakref.ref, packed.keys))
-        return packed, index
+        selected = select(*args, **kwargs)
+        leaves.extend(map(weakref.ref, selected.packed.keys))
+        return selected
 
     model._select = spied
     gc.collect()

@@ -202,11 +202,11 @@ def test_replaced_under_load_no_pack_mixes_versions(bank: PromptBank) -> None:
     assert bank.packed([("fixed", None), ("p", None)]).lengths == (4, 300 % 7 or 7)
 
 
-def test_map_prefixes(bank: PromptBank, base) -> None:
+def test_prefixes_follow_the_model(bank: PromptBank, base) -> None:
     bank.add("frozen", prefix(1.0))
     bank.add("soft", make_prompt(base).requires_grad_(False))
     before = bank.packed([("frozen", None), ("soft", None)])
-    bank.map_prefixes(lambda each: each.to(dtype=torch.float64))
+    bank.move(torch.device("cpu"), torch.float64)
     assert bank["frozen"].dtype == torch.float64
     assert bank.packed([("frozen", None)]).keys[0].dtype == torch.float64
     assert bank.version("frozen") not in before.versions

@@ -422,7 +422,9 @@ def test_many_threads(model):
     names = [("a", "b", None)[i % 3] for i in range(40)]
     expected = [alone(model, row, name, 10) for row, name in zip(rows, names, strict=True)]
     with Engine(model, max_batch=6) as engine, ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda asked: engine.submit(greedy(*asked, 10)).result().tokens, zip(rows, names, strict=True))
+        found = pool.map(
+            lambda asked: engine.submit(greedy(*asked, 10)).result().tokens, zip(rows, names, strict=True)
+        )
         assert list(found) == expected
 
 

@@ -516,3 +516,20 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     assert torch.equal(peft_io.load_adapter(saved).embeddings(), prompt.embeddings())
     with pytest.raises(NotADirectoryError, match="save_directory"):
         peft_io.save_adapter(prompt, saved / peft_io.CONFIG_NAME)
+
+
+def test_an_adapter_replaced_while_it_is_read_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one, with other sizes, takes its place between the two files."""
+    old, new = (SoftPrompt.for_model("PROMPT_TUNING", llama(), num_virtual_tokens=length) for length in (3, 6))
+    peft_io.save_adapter(old, tmp_path)
+    read, reads = peft_io._read_tensors, []
+
+    def replaced(directory: Path) -> dict[str, torch.Tensor]:
+        reads.append(1)
+        if len(reads) == 1:
+            peft_io.save_adapter(new, tmp_path)
+        return read(directory)
+
+    monkeypatch.setattr(peft_io, "_read_tensors", replaced)
+    found = peft_io.load_adapter(tmp_path)
+    assert len(reads) == 2 and torch.equal(found.embedding.weight, new.embedding.weight)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of the README and docs/training.md runs; the table of backends says what the registry says."""
+"""Every code block of the README, docs/training.md and docs/prompt-bank.md runs; the table of backends says what the registry says."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from softprompt_fast.backends._registry import BACKENDS, OPS, available_backends
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+PROMPT_BANK = (ROOT / "docs" / "prompt-bank.md").read_text()
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -23,7 +24,9 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 BLOCKS = blocks(README)
-EXAMPLES = [code for text in (README, TRAINING) for language, code in blocks(text) if language == "python"]
+EXAMPLES = [
+    code for text in (README, TRAINING, PROMPT_BANK) for language, code in blocks(text) if language == "python"
+]
 
 
 def test_every_block_has_a_language_that_this_file_runs():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory
+from softprompt_fast._io import atomic_path, atomic_write_bytes, make_directory, read_one_version
 from softprompt_fast.errors import AdapterError, IncompatibleBaseError
 from softprompt_fast.prompt import BaseShape, ContextAwarePromptTuning, SoftPrompt, TokenEmbeddings
 
@@ -53,8 +53,9 @@ def load_adapter(
         ValueError: NaN or infinities in a tensor; names the tensor and the count.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory)
-    tensors = _read_tensors(directory)
+    config, tensors = read_one_version(
+        lambda: (read_adapter_config(directory), _read_tensors(directory)), *adapter_files(directory)
+    )
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BASE_PREFIX)}
     prompt = SoftPrompt.from_tensors(config, own, dtype=dtype)
     prompt.modules_to_save = {
@@ -66,6 +67,16 @@ def load_adapter(
     if isinstance(prompt, ContextAwarePromptTuning):
         prompt = prompt.unmerged(token_embeddings)
     return prompt.requires_grad_(True)
+
+
+def is_adapter_at(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` holds an adapter (of any kind, whole or not)."""
+    return (Path(directory) / CONFIG_NAME).is_file()
+
+
+def adapter_files(directory: Path) -> tuple[Path, ...]:
+    """The files that an adapter may consist of."""
+    return tuple(directory / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME))
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt_fast._version import __version__
 from softprompt_fast.errors import BankFullError, SoftPromptError
+from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.serving import requests
 from softprompt_fast.serving.engine import Engine
 from softprompt_fast.serving.metrics import Metrics
@@ -131,7 +132,7 @@ def create_app(
             if (folder := known().get(name)) is None:
                 raise ApiError(404, f"there is no prompt {name!r} in the server's folder", "prompt_not_found", "name")
             try:
-                await asyncio.to_thread(engine.model.load_prompt, name, folder, replace=True)
+                await asyncio.to_thread(_load_prompt, engine.model, name, folder)
             except Exception as error:
                 raise _as_api_error(error) from error
             return server.model(name)
@@ -144,6 +145,12 @@ def create_app(
             return {"id": name, "object": "model", "deleted": True}
 
     return app
+
+
+def _load_prompt(model: SoftPromptModel, name: str, folder: Path) -> None:
+    # Read and checked first, so that a broken one replaces nothing; then as one that the bank may drop and load again.
+    model.load_prompt(name, folder, replace=True)
+    model.register_prompt(name, folder, replace=True)
 
 
 class _Gate:

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 import uvicorn
 
+from softprompt_fast.bank import BankOptions
 from softprompt_fast.demo import assets
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.serving.app import create_app
@@ -59,11 +60,21 @@ def run(settings: ServeSettings, say: Callable[[str], None] = assets.to_stderr) 
 def load_engine(settings: ServeSettings, say: Callable[[str], None] = assets.to_stderr) -> Engine:
     """The engine with its model and prompts, warmed up."""
     base, tokenizer = assets.load_model(settings.model, say)
-    model = SoftPromptModel(base.to(getattr(torch, settings.dtype))).eval()
+    options = BankOptions(
+        device_bytes=settings.device_bytes,
+        host_bytes=settings.host_bytes,
+        dtype=None if settings.prefix_dtype is None else getattr(torch, settings.prefix_dtype),
+    )
+    model = SoftPromptModel(base.to(getattr(torch, settings.dtype)), bank=options).eval()
     for name, folder in settings.adapters.items():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such directory")
-        model.load_prompt(name, folder)
+        if name in settings.prompts:
+            model.load_prompt(name, folder)  # asked for by name: what is wrong with it shows now
+        try:
+            model.register_prompt(name, folder, replace=True)
+        except OSError as error:  # a subfolder that is no prompt, beside others that are
+            if name in settings.prompts:
+                raise
+            say(f"{folder} is left out: {error}")
     engine = Engine(
         model,
         tokenizer,

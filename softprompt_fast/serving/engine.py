@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt_fast.bank import Held
 from softprompt_fast.cache import OwnTokenCache
 from softprompt_fast.errors import BankFullError
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.serving._stand_in import StandInBank
 from softprompt_fast.serving.batch import BatchCache
 from softprompt_fast.serving.requests import (
     Chunk,
@@ -49,7 +49,7 @@ class _Row:
     def __init__(self, request: Request, stream: Stream, deadline: float | None) -> None:
         self.request, self.stream, self.deadline = request, stream, deadline
         self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready"
-        self.held: Any = None  # the bank's hold on its prompt
+        self.held: Held | None = None  # its prompt in the bank
         self.left = 0  # new tokens that it may still have
         self.last = 0  # the newest token
         self.sampler: RowSampler | None = None
@@ -116,7 +116,7 @@ class Engine:
         self.max_model_len: int | None = min(limits, default=None)
         self.timeout = timeout
         self.on_finish = on_finish
-        self._bank = getattr(model, "bank", None) or StandInBank(model)
+        self._bank = model.bank
         self._num_layers = hooks.num_attention_layers(model.base)
         self._vocab_size: int = model.base.get_input_embeddings().num_embeddings
         self._eos = _end_tokens(model, tokenizer)
@@ -397,7 +397,7 @@ class Engine:
         request = row.request
         try:
             row.left = self._new_tokens(request, 0 if row.held is None else row.held.length)
-            if not len(request.input_ids) and row.held.next_logits is None:
+            if row.held is not None and row.held.next_logits is None and not len(request.input_ids):
                 raise RequestError(
                     f"input_ids: prompt {request.prompt!r} is keys and values only, so nothing predicts a first "
                     "token; give at least one, e.g. the BOS token",
