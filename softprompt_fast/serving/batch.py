@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softprompt_fast.bank import Packed
 from softprompt_fast.cache import GrowingLayer, OwnTokenCache
+from softprompt_fast.packed import Packed
 from softprompt_fast.rows import Claim
 
 
@@ -29,6 +29,7 @@ class BatchCache(OwnTokenCache):
         starts: each row's first column.
         end: the column after the last.
         own_start: int32 ``[B]``, `starts` as the model takes them.
+        packed, index: what the rows attend to, as :meth:`settle` was told.
     """
 
     def __init__(self, num_layers: int, max_rows: int) -> None:
@@ -38,7 +39,9 @@ class BatchCache(OwnTokenCache):
         self._values: list[Tensor] = []
         self.starts: list[int] = []
         self.end = 0
-        self.own_start = torch.zeros(0, dtype=torch.int32)
+        self.own_start: Tensor | None = None
+        self.packed: Packed | None = None
+        self.index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -77,6 +80,7 @@ class BatchCache(OwnTokenCache):
         self.starts.pop()
         if not self.starts:
             self._keys, self._values, self.end = [], [], 0
+            self.packed = self.index = None
 
     def settle(self, packed: Packed | None, index: Tensor | None) -> None:
         """Ready for steps, after rows have come or gone.
@@ -84,15 +88,19 @@ class BatchCache(OwnTokenCache):
         Args:
             packed: the rows' prefixes. index: int32 ``[B]``, which one is a row's.
         """
-        self._assign()
-        self.soft_prompt_claim = Claim(packed, index, self.own_start, False)
+        rows = len(self.starts)
+        self.packed, self.index = packed, index
+        self.own_start = torch.tensor(self.starts, dtype=torch.int32, device=self._keys[0].device)
+        for layer, keys, values in zip(self.layers, self._keys, self._values, strict=True):
+            assert isinstance(layer, GrowingLayer)
+            layer.hold(keys[:rows], values[:rows], self.end)
+        self.soft_prompt_claim = Claim.of(packed, index, self.own_start)
 
     def step(self) -> None:
         """Make room for one more column, which the model then writes."""
         if self.end == self._keys[0].shape[2]:
             self._make_room(len(self.starts))
-            claim: Claim = self.soft_prompt_claim
-            self.settle(claim.packed, claim.index)
+            self.settle(self.packed, self.index)
         self.end += 1
 
     def _make_room(self, rows: int, width: int = 0) -> None:
@@ -114,13 +122,6 @@ class BatchCache(OwnTokenCache):
                 buffers[i] = grown
         self.starts = [start - first for start in self.starts]
         self.end -= first
-
-    def _assign(self) -> None:
-        rows = len(self.starts)
-        self.own_start = torch.tensor(self.starts, dtype=torch.int32, device=self._keys[0].device)
-        for layer, keys, values in zip(self.layers, self._keys, self._values, strict=True):
-            assert isinstance(layer, GrowingLayer)
-            layer.hold(keys[:rows], values[:rows], self.end)
 
     def _shift(self, by: int) -> None:
         """Move all rows by so many columns, to the right or (negative) to the left."""

@@ -488,13 +488,12 @@ class Engine:
                 self._cache.settle(*self._bank.pack_held([row.held for row in self._running]))
                 self._unsettled = False
             self._cache.step()
-            claim = self._cache.soft_prompt_claim
             out = self.model(
                 input_ids=torch.tensor([[row.last] for row in self._running], device=self.model.device),
                 past_key_values=self._cache,
-                own_start=claim.own_start,
-                prompt=claim.packed,
-                prompt_index=claim.index,
+                own_start=self._cache.own_start,
+                prompt=self._cache.packed,
+                prompt_index=self._cache.index,
                 logits_to_keep=1,
             )
             going = self._advance(self._running, out.logits[:, -1])

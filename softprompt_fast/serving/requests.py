@@ -174,6 +174,7 @@ class Stream:
         self.first_token: float | None = None
         self.finished: float | None = None
         self._cancelled = False
+        self._result: Result | None = None
         self._wake = wake
         self._chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._listener: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -184,16 +185,26 @@ class Stream:
         self._wake()
 
     def result(self) -> Result:
-        """Wait for the end.
+        """Wait for the end; what was iterated over before is left out.
 
         Raises:
             Exception: what the request failed with.
         """
-        return _joined(list(self), self)
+        return self._result or self._joined(list(self))
 
     async def aresult(self) -> Result:
         """:meth:`result` in an event loop."""
-        return _joined([chunk async for chunk in self], self)
+        return self._result or self._joined([chunk async for chunk in self])
+
+    def _joined(self, chunks: list[Chunk]) -> Result:
+        assert self.finish_reason is not None
+        self._result = Result(
+            tokens=[chunk.token for chunk in chunks if chunk.token is not None],
+            text="".join(chunk.text for chunk in chunks),
+            logprobs=[chunk.logprobs for chunk in chunks if chunk.logprobs is not None],
+            finish_reason=self.finish_reason,
+        )
+        return self._result
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self._chunks.get()) is not None:
@@ -218,16 +229,6 @@ class Stream:
         self._chunks.put(None)
         if self.error is not None:
             raise self.error
-
-
-def _joined(chunks: list[Chunk], stream: Stream) -> Result:
-    assert stream.finish_reason is not None
-    return Result(
-        tokens=[chunk.token for chunk in chunks if chunk.token is not None],
-        text="".join(chunk.text for chunk in chunks),
-        logprobs=[chunk.logprobs for chunk in chunks if chunk.logprobs is not None],
-        finish_reason=stream.finish_reason,
-    )
 
 
 def wake_listeners(streams: Sequence[Stream]) -> None:
