@@ -110,6 +110,12 @@ class GrowingLayer(DynamicLayer):
             grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
 
+    def hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Hold the first `length` entries of buffers ``[B, Hkv, capacity, .]``, which may be views of larger ones: the
+        next entries are written into them."""
+        self.lazy_initialization(keys, values)
+        self._keys, self._values, self._length = keys, values, length
+
     def get_seq_length(self) -> int:
         return self._length
 

@@ -28,7 +28,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules from the top: each imports from its own line and from those below, never from above.
 LAYERS = (
     ("cli",),
-    ("demo", "info", "train", "tune"),
+    ("demo", "info", "serving", "train", "tune"),
     ("wrap",),
     ("model", "encoder"),
     ("compiling", "prompted", "scoring"),

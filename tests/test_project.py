@@ -79,7 +79,7 @@ def test_an_isolated_build_downloads_no_torch():
 def test_every_direct_dependency_is_pinned_within_its_range():
     pinned = pins()
     needs = PROJECT["project"]["dependencies"] + [
-        need for extra in ("peft", "train", "bench", "demo", "dev") for need in EXTRAS[extra]
+        need for extra in ("peft", "train", "bench", "demo", "serve", "dev") for need in EXTRAS[extra]
     ]
     for need in map(Requirement, needs):
         assert need.name in pinned, f"requirements-dev.txt: no pin for {need}"

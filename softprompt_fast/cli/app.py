@@ -12,6 +12,7 @@ import typer
 
 from softprompt_fast._version import __version__
 from softprompt_fast.cli._session import EXIT_CODES, Session, session
+from softprompt_fast.cli.serve import serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command(epilog=EXIT_CODES)(serve)
 
 NO_PROMPT = "none"
 #: Parts of the help of `train`.

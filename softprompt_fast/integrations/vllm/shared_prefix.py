@@ -13,6 +13,7 @@ the server ``--worker-extension-cls``): vLLM imports that class in each worker b
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +77,7 @@ def find_shared(
         others; None where too little is shared.
     """
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(starts)]
     before = [(length - count) // block_size for length, count in zip(lengths, counts, strict=True)]
     groups: dict[int, list[int]] = {}
     for row, first in enumerate(block_table[:, 0].tolist()):

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of OpenAI's completions and chat protocol that is served, as it is checked and as it is answered.
+
+Types are strict, as a wrong one is a client's mistake. Fields that are not served are refused unless they are null, so
+that nothing a client relies on is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softprompt_fast.serving.requests import Sampling
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's form.
+
+    Attributes:
+        status: of HTTP. code: the machine-readable reason. parameter: the field that is wrong, if one is.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        parameter: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.parameter, self.retry_after = status, code, parameter, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code}}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_served(self) -> _Strict:
+        for name, value in (self.model_extra or {}).items():
+            if value is not None:
+                raise ValueError(f"{name}: not supported by this server")
+        return self
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class _Generation(_Strict):
+    """What both kinds of requests have."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = Field(default=None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    # Beyond OpenAI's, under the names that vLLM gives them.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    add_special_tokens: bool | None = None
+    # The task of a multitask prompt.
+    task: int | None = None
+
+    def sampling(self, choice: int) -> Sampling:
+        """The rules of one of a prompt's ``n`` choices, which differ in their seeds.
+
+        Raises:
+            RequestError: a value out of its range.
+        """
+        given: dict[str, Any] = {
+            "max_tokens": self._max_tokens(),
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self._bias(),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "ignore_eos": bool(self.ignore_eos),
+            "logprobs": self._logprobs(),
+            "seed": None if self.seed is None else self.seed + choice,
+        }
+        return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+    def _bias(self) -> dict[int, float]:
+        biases = self.logit_bias or {}
+        try:
+            return {int(token): bias for token, bias in biases.items()}
+        except ValueError:
+            raise ApiError(400, "logit_bias: expected token ids as keys", "invalid_value", "logit_bias") from None
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def _logprobs(self) -> int | None:
+        raise NotImplementedError
+
+
+class CompletionRequest(_Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _refuse_the_rest(self) -> CompletionRequest:
+        if self.echo:
+            raise ValueError("echo: not supported; the prompt is not scored")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of: not supported; ask for n and choose")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise ApiError(400, "prompt: expected at least one", "invalid_value", "prompt")
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+    def _max_tokens(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def _logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Strict):
+    type: str
+    text: str = ""
+
+    @model_validator(mode="after")
+    def _is_text(self) -> TextPart:
+        if self.type != "text":
+            raise ValueError(f"content of type {self.type!r} is not supported; only text is")
+        return self
+
+
+class Message(_Strict):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    @property
+    def template_form(self) -> dict[str, Any]:
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name is not None else {})
+
+
+class ChatRequest(_Generation):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def _logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class PromptRequest(_Strict):
+    """Load a prompt of the server's folder, or load it again."""
+
+    name: str
+
+
+_Body = TypeVar("_Body", bound=_Strict)
+
+
+def parse(kind: type[_Body], body: bytes) -> _Body:
+    """The request in a body of JSON.
+
+    Raises:
+        ApiError: 400, with the first thing that is wrong.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # Of a union the kinds that it might have been are named too: the field alone says enough.
+        where = str(first["loc"][0]) if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+        raise ApiError(400, f"{where}: {message}" if where else message, code, where or None) from None
+
+
+def event(document: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Own tokens only: virtual ones are the server's matter."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+#: JSON has no -inf, which is a token's log-probability where its probability is 0.
+LEAST_LOGPROB = -9999.0
+
+
+def completion_logprobs(
+    entries: Sequence[tuple[str, float, Sequence[tuple[str, float]]]], offset: int
+) -> dict[str, list[Any]]:
+    """``(token, log-probability, most probable ones)`` of each token as completions have it.
+
+    Args:
+        offset: characters of the text before the first token.
+    """
+    offsets = []
+    for token, _, _ in entries:
+        offsets.append(offset)
+        offset += len(token)
+    return {
+        "text_offset": offsets,
+        "tokens": [token for token, _, _ in entries],
+        "token_logprobs": [max(logprob, LEAST_LOGPROB) for _, logprob, _ in entries],
+        "top_logprobs": [{t: max(value, LEAST_LOGPROB) for t, value in top} for _, _, top in entries],
+    }
+
+
+def chat_logprobs(entries: Sequence[tuple[str, float, Sequence[tuple[str, float]]]]) -> dict[str, list[Any]]:
+    """The same as chat has it."""
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(token.encode())}
+
+    content = [entry(token, value) | {"top_logprobs": [entry(*pair) for pair in top]} for token, value, top in entries]
+    return {"content": content}
