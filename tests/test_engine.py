@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import random
 import threading
@@ -34,6 +35,7 @@ class Gate:
         self.passes: list[tuple[int, int]] = []  # rows and columns of each
         forward = engine.model.forward
 
+        @functools.wraps(forward)  # `generate` looks at its signature
         def gated(*args: Any, **kwargs: Any) -> Any:
             if threading.current_thread().name == "softprompt-fast-engine":
                 self.passes.append(tuple(kwargs["input_ids"].shape))

@@ -83,7 +83,10 @@ def find_shared(
     for row, first in enumerate(block_table[:, 0].tolist()):
         if before[row] * block_size >= LEAST_SHARED:
             groups.setdefault(first, []).append(row)
-    rows, shared, index, prefixes = [], [], [], []
+    rows: list[int] = []
+    shared: list[int] = []
+    index: list[int] = []
+    prefixes: list[Tensor] = []
     for members in groups.values():
         tables = block_table[members, : min(before[row] for row in members)]
         common = int((tables == tables[0]).all(0).int().cumprod(0).sum())
@@ -157,7 +160,7 @@ class SharedPrefixMetadataBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=metadata.slot_mapping[tokens],
             scheduler_metadata=scheduled,
         )
-        some.shared = some.others = None  # type: ignore[attr-defined]
+        some.shared = some.others = None
         return some, tokens
 
 
