@@ -387,6 +387,7 @@ def test_a_step_that_fails_fails_its_rows_and_no_other(model, monkeypatch, width
     forward, row = model.forward, make_rows([4])[0]
     broken = threading.Event()
 
+    @functools.wraps(forward)
     def failing(*args: Any, **kwargs: Any) -> Any:
         wide = kwargs["input_ids"].shape[1] > 1
         if broken.is_set() and wide == (width == "prefill"):
@@ -407,7 +408,7 @@ def test_a_step_that_fails_fails_its_rows_and_no_other(model, monkeypatch, width
 def test_logits_that_are_not_finite_fail_their_row(model):
     prefix = model.compile_prompt("a")
     keys = tuple(key.clone() for key in prefix.keys)
-    model.add_prompt("nan", PrefixKV(keys, prefix.values, method="CARTRIDGE"))
+    model.add_prompt("nan", PrefixKV(keys, prefix.values, method="CARTRIDGE", fingerprint=prefix.fingerprint))
     keys[0].fill_(float("nan"))  # behind the bank's checks
     row = make_rows([4])[0]
     with Engine(model) as engine:

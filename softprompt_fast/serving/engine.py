@@ -238,8 +238,8 @@ class Engine:
             ("logit_bias", sampling.logit_bias),
             ("stop_token_ids", sampling.stop_token_ids),
         ):
-            if any(not 0 <= token < self._vocab_size for token in tokens):
-                raise RequestError(f"{name}: a token id is outside the vocabulary of {self._vocab_size}", name)
+            if (wrong := next((t for t in tokens if not 0 <= t < self._vocab_size), None)) is not None:
+                raise RequestError(f"{name}: token id {wrong} is outside the vocabulary of {self._vocab_size}", name)
         if sampling.stop and self._decode_text is None:
             raise RequestError("stop: an engine without a tokenizer knows no text", "stop")
 
@@ -348,6 +348,7 @@ class Engine:
                 for row in self._waiting:
                     if row.stage == "full" and not holders and now >= row.stream.submitted + _GIVE_UP:
                         row.stage = "failed"
+                        self._news = True  # to end it in the next round
                     elif row.stage == "full":
                         row.stage = "new"
             self._start_holds()
@@ -566,6 +567,7 @@ class Engine:
         with self._changed:
             stream.finish_reason = reason
             held, row.held = row.held, None
+            self._news = True  # who waits may have its place
         if held is not None:
             held.release()
             self._retry_at = 0.0  # there may be room now
