@@ -402,6 +402,7 @@ def test_a_step_that_fails_fails_its_rows_and_no_other(model, monkeypatch, width
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.submit(greedy(row, "a", 10)).result()
         assert engine.submit(greedy(row, "a", 10)).result().tokens == expected
+        assert engine.drain(PATIENCE)  # a result is given just before its row leaves
         assert engine.num_running == engine.num_waiting == 0
 
 
