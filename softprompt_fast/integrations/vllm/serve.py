@@ -94,7 +94,10 @@ def options(settings: Any, prompts: Mapping[str, str]) -> list[str]:
     """The command line of ``vllm serve`` for `settings`."""
     extra: dict[str, Any] = {"prompts": dict(prompts)}
     if settings.prompts_folder is not None:
-        extra["prompts_folder"] = str(settings.prompts_folder)
+        folder = Path(settings.prompts_folder)
+        extra["prompts_folder"] = str(folder)
+        # Prefixes that lie there are served for as long as they do, and none longer for being there now.
+        extra["prompts"] = {name: made for name, made in prompts.items() if Path(made) != folder / name}
     if settings.device_bytes is not None:
         extra["resident_bytes"] = settings.device_bytes
     connector = {

@@ -30,6 +30,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from softprompt_fast.backends.cpu import prefix_attention
+from softprompt_fast.integrations.vllm import _internals  # noqa: F401  it checks the version of vLLM
 
 #: Shared tokens from which on one read saves more than gathering own tokens costs.
 LEAST_SHARED = 64
