@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -52,6 +54,38 @@ def alone(model: SoftPromptModel, row: Tensor, prompt: str | None, new_tokens: i
     """Greedy new tokens of one row by itself."""
     out = model.generate(row[None], prompt=prompt, max_new_tokens=new_tokens, do_sample=False)
     return out[0, len(row) :].tolist()
+
+
+class Gate:
+    """Holds the engine's thread before its next pass of the model, so that a test knows what it meets."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
+        self.passes: list[tuple[int, int]] = []  # rows and columns of each
+        forward = engine.model.forward
+
+        @functools.wraps(forward)  # `generate` looks at its signature
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread().name == "softprompt-fast-engine":
+                self.passes.append(tuple(kwargs["input_ids"].shape))
+                self.reached.release()
+                assert self._open.acquire(timeout=PATIENCE)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(engine.model, "forward", gated)
+
+    def wait(self) -> None:
+        assert self.reached.acquire(timeout=PATIENCE)
+
+    def step(self, passes: int = 1) -> None:
+        """Let so many passes run, and wait for the next one to begin."""
+        for _ in range(passes):
+            self._open.release()
+            self.wait()
+
+    def open(self) -> None:
+        for _ in range(100_000):
+            self._open.release()
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import random
 import threading
@@ -19,44 +18,12 @@ from softprompt_fast.errors import BankFullError, PrefixError
 from softprompt_fast.serving.engine import Engine
 from softprompt_fast.serving.requests import EngineClosedError, QueueFullError, Request, RequestError, Sampling
 from tests.models import MAX_POSITIONS, Oracle, make_base, make_model, make_prompt, make_rows
-from tests.serving import PATIENCE, alone, make_tokenizer
+from tests.serving import PATIENCE, Gate, alone, make_tokenizer
 
 
 @pytest.fixture
 def model() -> SoftPromptModel:
     return make_model()
-
-
-class Gate:
-    """Holds the engine's thread before its next pass of the model, so that a test knows what it meets."""
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
-        self.passes: list[tuple[int, int]] = []  # rows and columns of each
-        forward = engine.model.forward
-
-        @functools.wraps(forward)  # `generate` looks at its signature
-        def gated(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread().name == "softprompt-fast-engine":
-                self.passes.append(tuple(kwargs["input_ids"].shape))
-                self.reached.release()
-                assert self._open.acquire(timeout=PATIENCE)
-            return forward(*args, **kwargs)
-
-        monkeypatch.setattr(engine.model, "forward", gated)
-
-    def wait(self) -> None:
-        assert self.reached.acquire(timeout=PATIENCE)
-
-    def step(self, passes: int = 1) -> None:
-        """Let so many passes run, and wait for the next one to begin."""
-        for _ in range(passes):
-            self._open.release()
-            self.wait()
-
-    def open(self) -> None:
-        for _ in range(100_000):
-            self._open.release()
 
 
 def greedy(row: torch.Tensor, prompt: str | None, new: int, **options: Any) -> Request:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of OpenAI's completions and chat protocol that is served, as it is checked and as it is answered.
 
-Types are strict, as a wrong one is a client's mistake. Fields that are not served are refused unless they are null, so
-that nothing a client relies on is ignored in silence.
+Types are strict, as a wrong one is a client's mistake. Fields that are not served are refused unless they are null or
+ask for what happens anyway, so that nothing a client relies on is ignored in silence.
 """
 
 from __future__ import annotations
@@ -42,13 +42,34 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code}}
 
 
+#: Values that mean what is served anyway: some clients (vLLM's router) send every field of theirs.
+_DEFAULTS: dict[str, Any] = {
+    "continue_final_message": False,
+    "echo": False,
+    "include_stop_str_in_output": False,
+    "min_tokens": 0,
+    "no_stop_trim": False,
+    "response_format": {"type": "text"},
+    "return_hidden_states": False,
+    "separate_reasoning": True,
+    "skip_special_tokens": True,
+    "stream_reasoning": True,
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+    "use_beam_search": False,
+}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     @model_validator(mode="after")
     def _refuse_what_is_not_served(self) -> _Strict:
         for name, value in (self.model_extra or {}).items():
-            if value is not None:
+            served = _DEFAULTS.get(name)
+            # Compared with its type: 0 and 1 are no booleans.
+            if value is not None and not (type(value) is type(served) and value == served):
                 raise ValueError(f"{name}: not supported by this server")
         return self
 
