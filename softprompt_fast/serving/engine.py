@@ -347,7 +347,7 @@ class Engine:
                 holders = self._running or self._prefilling or any(row.held for row in self._waiting)
                 for row in self._waiting:
                     if row.stage == "full" and not holders and now >= row.stream.submitted + _GIVE_UP:
-                        row.stage = "failed"
+                        row.stage, self._news = "failed", True  # ended by the next sweep
                     elif row.stage == "full":
                         row.stage = "new"
             self._start_holds()
@@ -566,6 +566,7 @@ class Engine:
         with self._changed:
             stream.finish_reason = reason
             held, row.held = row.held, None
+            self._news = True  # its place is free: a row that is ready may be all there is to do
         if held is not None:
             held.release()
             self._retry_at = 0.0  # there may be room now
