@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -240,6 +241,23 @@ def test_keys_and_values_alone_predict_no_first_token():
     model = make_model(prompts={"kv": make_prompt(base, "PREFIX_TUNING")})
     with Engine(model) as engine, pytest.raises(RequestError, match="nothing predicts a first token"):
         engine.submit(Request([], "kv", sampling=Sampling(max_tokens=3))).result()
+
+
+def test_a_row_that_was_ready_begins_when_the_last_running_one_ends(model, monkeypatch):
+    row = make_rows([4])[0]
+    text = alone(model, row, "a", 6)
+    with Engine(model, max_batch=1) as engine:
+        gate = Gate(engine, monkeypatch)
+        streams = [engine.submit(greedy(row, "a", 6))]
+        gate.step()
+        streams.append(engine.submit(greedy(row, "a", 6, ignore_eos=True)))
+        gate.step(3)  # it is ready long before there is a place
+        gate.open()
+        deadline = time.monotonic() + 30
+        while any(stream.finish_reason is None for stream in streams):
+            assert time.monotonic() < deadline, "the second row never began"
+            time.sleep(0.01)
+        assert [stream.result().tokens for stream in streams] == [text, text]
 
 
 def test_a_full_queue_refuses(model, monkeypatch):
