@@ -384,7 +384,7 @@ def test_weights_that_change_before_the_backward_pass(changes: str) -> None:
     model = trained()
     ids, mask = pad_rows(ROWS, "left")
     out = model(ids, attention_mask=mask, labels=ids, return_logits=False)
-    predicted = model._select("t", None, 1)[0].next_logits[0]
+    predicted = model._select("t", None, 1).packed.next_logits[0]
     weight = model.base.model.layers[1].mlp.down_proj.weight
     if changes == "in place":
         with torch.no_grad():

@@ -217,7 +217,8 @@ def test_a_graph_holds_a_models_decode_step() -> None:
     ids = torch.stack(rows)
     expected = [oracle.greedy(r, n and model.get_prompt(n), 6) for r, n in zip(rows, names, strict=True)]
     with torch.no_grad():
-        packed, index = model._select(names, None, 3)
+        selected = model._select(names, None, 3)
+        packed, index = selected.packed, selected.index
         cache = make_static_cache(2, 32)
         options = {"prompt": packed, "prompt_index": index, "past_key_values": cache, "use_cache": True}
         token = model(ids, **options).logits[:, -1].argmax(-1, keepdim=True)
@@ -239,7 +240,8 @@ def test_a_models_decode_step_waits_for_nothing(cache: str) -> None:
     model = make_model()
     ids, mask = pad_rows(make_rows([4, 7, 2]), "left")
     with torch.no_grad():
-        packed, index = model._select(["a", None, "b"], None, 3)
+        selected = model._select(["a", None, "b"], None, 3)
+        packed, index = selected.packed, selected.index
         options: dict[str, Any] = {"prompt": packed, "prompt_index": index, "use_cache": True}
         options["own_start"] = (mask == 0).sum(1).int()
         past = make_static_cache(2, 40) if cache == "static" else None
