@@ -216,3 +216,10 @@ def shown(values: dict[str, float], unit: str = "x") -> str:
 def milliseconds(seconds: Sequence[float]) -> str:
     values = spread(seconds)
     return f"{1e3 * values['median']:.3f} ({1e3 * values['p20']:.3f} to {1e3 * values['p80']:.3f})"
+
+
+def markdown_setting(setting: dict[str, Any]) -> str:
+    """The machine, the versions and the commit of a result, in one line."""
+    packages = ", ".join(f"{name} {setting['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    where = f"{setting['cpu']}, {setting['threads']} threads, {setting['isa']}"
+    return f"{where}; {packages}; commit {(setting['commit'] or 'unknown')[:10]}"

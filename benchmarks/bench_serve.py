@@ -35,7 +35,7 @@ from typing import Any
 import _serve_load as load_client
 import torch
 from _bases import DEMO, make_base
-from _harness import ROOT, Times, Turns, ratio, show, shown, spread, take_turns, write_json
+from _harness import ROOT, Times, Turns, markdown_setting, ratio, show, shown, spread, take_turns, write_json
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
@@ -455,12 +455,6 @@ def markdown_load(result: dict[str, Any]) -> str:
         lines += ["", "Clients that misbehave, among the others in a run of its own, and what they got:", ""]
         lines += ["| server | client | answers |", "|---|---|---|", *faults]
     return "\n".join(lines)
-
-
-def markdown_setting(setting: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {setting['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    where = f"{setting['cpu']}, {setting['threads']} threads, {setting['isa']}"
-    return f"{where}; {packages}; commit {(setting['commit'] or 'unknown')[:10]}"
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from _bases import DEMO, NAMES
-from _harness import ROOT, ratio, show, shown, spread, take_turns, write_json
+from _harness import ROOT, markdown_setting, ratio, show, shown, spread, take_turns, write_json
 from _training import GENERIC, METHODS, OURS, PEFT, SYSTEMS, Shape, Trainee, errors, limit_memory, memory
 from rich.table import Table
 
@@ -357,12 +357,6 @@ def markdown_quality(path: Path, result: dict[str, Any]) -> list[str]:
     )
     image = path.with_suffix(".png").name
     return [*lines, "", said, "", f"![Accuracy against steps and against seconds](../benchmarks/results/{image})"]
-
-
-def markdown_setting(setting: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {setting['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    where = f"{setting['cpu']}, {setting['threads']} threads, {setting['isa']}"
-    return f"{where}; {packages}; commit {(setting['commit'] or 'unknown')[:10]}"
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
