@@ -107,7 +107,7 @@ class World:
 
     def directory(self) -> tuple[str, Path] | None:
         """Of a registered prompt."""
-        entries = self.model.bank._entries
+        entries = self.model.bank._catalogue.entries
         names = [name for name in self.now if entries[name].source is not None]
         if not names:
             return None
@@ -176,7 +176,7 @@ class World:
                 held.release()
 
     def pin(self) -> None:
-        pinned = self.model.bank._pinned
+        pinned = self.model.bank._tiers.pinned
         if len(pinned) > 1:
             name, task = self.draw.choice(sorted(pinned, key=str))
             self.model.bank.unpin(name, task)

@@ -227,7 +227,7 @@ def test_a_hundred_first_requests_load_once(budget: int | None) -> None:
     def work(i: int) -> int:
         if i == 0:
             # The slot's count of holds says how many have asked.
-            while (slot := bank._entries["p"].slots.get(None)) is None or slot.refs < 99:
+            while (slot := bank._catalogue.entries["p"].slots.get(None)) is None or slot.refs < 99:
                 time.sleep(0.001)
             all_asked.set()
         with bank.hold("p") as held:
@@ -258,7 +258,7 @@ def test_a_load_blocks_nobody_else_and_its_failure_is_everybodys_who_waits() -> 
             with bank.hold("slow"):
                 return None
         begun.wait(WAIT)
-        while bank._entries["slow"].slots[None].refs < 5:
+        while bank._catalogue.entries["slow"].slots[None].refs < 5:
             time.sleep(0.001)
         try:
             return first_values(bank, ["fast", None])
@@ -478,7 +478,7 @@ def test_a_batch_copies_no_prefix() -> None:
     model = make_model()
     with torch.no_grad():
         model.generate(ROWS[0].expand(2, -1), prompt=["a", "b"], max_new_tokens=1)
-        arena = model.bank._arena
+        arena = model.bank._tiers.arena
         held = model.bank.hold_all([("a", None), ("b", None)])
         packed, index = model.bank.pack_held(held)
         assert all(x is y for x, y in zip(packed.keys, arena.entries.keys, strict=True))
@@ -510,7 +510,7 @@ def test_nothing_is_copied_for_one_prompt() -> None:
         held = model.bank.hold("a")
         packed, index = model.bank.pack_held([held, None, held])
     assert packed.keys[0] is model.compile_prompt("a").keys[0] and index.tolist() == [0, -1, 0]
-    assert model.bank._arena is None
+    assert model.bank._tiers.arena is None
     held.release()
 
 
@@ -548,7 +548,7 @@ def test_moving_the_model_moves_the_bank() -> None:
         early = model.bank.hold("a")
         model.to(torch.float64)
         found = model(ids, prompt=["a", "b"]).logits
-        assert model.bank._arena.dtype == found.dtype == torch.float64
+        assert model.bank._tiers.arena.dtype == found.dtype == torch.float64
         late = model.bank.hold("b")
         with pytest.raises(RuntimeError, match="before and after the model was moved"):
             model.bank.pack_held([early, late])

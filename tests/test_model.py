@@ -439,8 +439,8 @@ def test_prefix_bytes_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch
 def test_a_prompt_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     compiled = []
-    compile_frozen = model._bank._compile
-    monkeypatch.setattr(model._bank, "_compile", lambda *args: compiled.append(1) or compile_frozen(*args))
+    compile_frozen = model._bank._tiers._compile
+    monkeypatch.setattr(model._bank._tiers, "_compile", lambda *args: compiled.append(1) or compile_frozen(*args))
     for _ in range(3):
         model(ROWS[1][None], prompt="a")
         model(torch.stack([ROWS[1], ROWS[1]]), prompt=["b", "a"])

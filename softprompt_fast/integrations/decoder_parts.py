@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers import PreTrainedModel
 
-from softprompt_fast.bank import optimizer_steps
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range
+from softprompt_fast.versions import optimizer_steps
 
 if TYPE_CHECKING:
     from softprompt_fast.backends.cpu._linear import Norm

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from softprompt_fast import expanded
 from softprompt_fast.backends._registry import BackendError
-from softprompt_fast.bank import Compiled, pack
 from softprompt_fast.integrations import transformers as hooks
+from softprompt_fast.packed import Compiled, pack
 from softprompt_fast.prompt import BaseShape
 
 _PREFIX, _OWN = 3, 2
