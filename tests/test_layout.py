@@ -31,7 +31,7 @@ LAYERS = (
     ("demo", "info", "serving", "train", "tune"),
     ("wrap",),
     ("model", "encoder"),
-    ("compiling", "prompted", "scoring"),
+    ("banked", "compiling", "generation", "loading", "passes", "prompted", "scoring", "selection"),
     ("integrations",),
     ("accumulation",),
     (

@@ -220,7 +220,7 @@ def test_a_base_that_cannot_be_taken_apart(monkeypatch: pytest.MonkeyPatch, orac
         return out
 
     monkeypatch.setattr(type(model.base), "forward", forward)
-    assert "through its parts differ" in str(model._head.get())
+    assert "through its parts differ" in str(model._passes.head.get())
     ids, mask = pad_rows(ROWS, "left")
     loss = model(ids, attention_mask=mask, labels=ids).loss
     check(loss, mean([t for row in ROWS for t in row_terms(oracle, prompt, row)]), prompt.embedding.weight)
