@@ -209,6 +209,8 @@ class PrefixedPasses:
             query_start=query_start,
             backend=self._backend,
             scales=None if packed is None else packed.scales,
+            # Of a traced call it would be a constant, by which every new length compiles anew.
+            max_prefix_length=None if packed is None or torch.compiler.is_compiling() else max(packed.lengths),
         )
         given_positions = kwargs.pop("position_ids", None)
         positions = row_positions(given_positions, past, length, packed, index, own_start, own_end, device)

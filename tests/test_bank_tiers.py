@@ -19,6 +19,7 @@ from softprompt_fast import BankOptions, PrefixKV, SoftPromptModel
 from softprompt_fast.bank import PromptBank
 from softprompt_fast.errors import AdapterError, BankFullError, PrefixError
 from softprompt_fast.integrations import peft as peft_io
+from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.prompt import SoftPrompt
 from tests.device import cpu_only
 
@@ -485,6 +486,19 @@ def test_a_batch_copies_no_prefix() -> None:
         logits = model(ROWS[0].expand(2, -1), prompt=packed, prompt_index=index).logits
         assert torch.equal(logits, model(ROWS[0].expand(2, -1), prompt=["a", "b"]).logits)
     assert model.bank.metrics()["placements_total"] == 2
+
+
+@torch.no_grad()
+def test_attention_knows_the_longest_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the batch, however large the storage is: kernels can't read it without waiting for the device."""
+    model = make_model("gemma2", bank=BankOptions(device_bytes=100_000))
+    asked, attend = [], hooks.prefix_attention
+    monkeypatch.setattr(
+        hooks, "prefix_attention", lambda *x, **options: asked.append(options) or attend(*x, **options)
+    )
+    model(ROWS[0].expand(2, -1), prompt=["a", "b"])
+    model(ROWS[0].expand(2, -1), prompt=["a", None])
+    assert [each["max_prefix_length"] for each in asked[::2]] == [9, 5]
 
 
 @torch.no_grad()

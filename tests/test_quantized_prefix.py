@@ -203,7 +203,8 @@ def op_arguments(inputs: AttentionInputs, backend: str) -> list[Any]:
     rows = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     rest = ("sliding_window", "softcap", "sinks", "bias")
     scales = ("prefix_key_scale", "prefix_value_scale", "prefix_scale_block")
-    return [*inputs.tensors, *map(o.get, rows), 0.25, o.get("causal", True), *map(o.get, (*rest, *scales)), backend]
+    named = map(o.get, (*rest, *scales, "max_prefix_length"))
+    return [*inputs.tensors, *map(o.get, rows), 0.25, o.get("causal", True), *named, backend]
 
 
 @pytest.mark.parametrize("name", ["decode", "sinks", "packed window"])

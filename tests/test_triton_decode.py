@@ -67,6 +67,7 @@ def arguments(inputs: AttentionInputs) -> list[Any]:
         "prefix_key_scale",
         "prefix_value_scale",
         "prefix_scale_block",
+        "max_prefix_length",
     )
     return [*inputs.tensors, *(o.get(n) for n in index), *options, *(o.get(n) for n in more)]
 
@@ -119,6 +120,27 @@ def test_small_values_of_a_quantized_prefix() -> None:
     inputs.prefix_value.mul_(1e-4)
     inputs, exact = quantized(inputs, torch.int8, 8)
     check(run(inputs), exact, exact.to(torch.float16))
+
+
+@pytest.mark.parametrize("hint", [0, 33, 10**6])
+@pytest.mark.parametrize("name", ["prefix splits of many", "many decode"])
+def test_a_hint_changes_no_result(name: str, hint: int) -> None:
+    """However wrong it is."""
+    inputs = attention_inputs(**CASES[name])
+    hinted = replace(inputs, options={**inputs.options, "max_prefix_length": hint})
+    check(run(hinted), inputs.to(torch.float64), inputs)
+
+
+def test_free_room_of_an_arena_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short prefixes far apart: as many shares as their own length asks for."""
+    inputs = attention_inputs(
+        batch=2, q_heads=2, kv_heads=1, queries=1, prefix=700, prefix_offsets=[0, 20, 650, 680], prefix_index=[0, 2]
+    )
+    keys, splits = [], decode.splits
+    monkeypatch.setattr(decode, "splits", lambda *given: keys.append(given[1]) or splits(*given))
+    for hint, counted in ((None, 234), (30, 30), (0, 1), (10**6, 700)):
+        run(replace(inputs, options={**inputs.options, "max_prefix_length": hint}))
+        assert keys[-2] == counted
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

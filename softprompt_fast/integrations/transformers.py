@@ -48,6 +48,7 @@ class PrefixContext:
         options: what each layer that asked for its prefix wants of attention besides (``scaling``, ``sliding_window``,
             ``softcap``, ``s_aux``), filled only while a model is probed.
         scales: of 8-bit keys and values; None: they are floating.
+        max_prefix_length: of the longest prefix, which lets kernels share out their work; None: not known.
     """
 
     keys: tuple[torch.Tensor, ...] | None
@@ -61,6 +62,7 @@ class PrefixContext:
     backend: str | None = None
     options: dict[int, dict[str, Any]] | None = None
     scales: Scales | None = None
+    max_prefix_length: int | None = None
 
 
 class CaptureContext:
@@ -193,6 +195,7 @@ def _shared_prefix(
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        max_prefix_length=context.max_prefix_length,
         backend=context.backend,
         **scales,
     )

@@ -45,6 +45,7 @@ def prefix_attention(  # type: ignore[misc]
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -89,6 +90,9 @@ def prefix_attention(  # type: ignore[misc]
         prefix_key_scale, prefix_value_scale: float32 ``[Hkv, ceil(L / prefix_scale_block)]``, of an 8-bit prefix:
             entry l of head h stands for ``prefix[h, l] * scale[h, l // prefix_scale_block]``. All three or none.
         prefix_scale_block: > 0, entries of the pack that share a scale.
+        max_prefix_length: >= 0, tokens of the longest prefix that a row uses, where the caller knows it: a hint by
+            which kernels share out their work without reading `prefix_offsets` from the device. Results do not depend
+            on it. None: their mean length is taken for it, L / N.
         return_lse: return ``(out, lse)``.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 
@@ -124,6 +128,8 @@ def prefix_attention(  # type: ignore[misc]
         raise ValueError(f"softcap: expected None or > 0, found {softcap}")
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != query.shape[1] or sinks.device != query.device):
         raise ValueError(f"sinks: expected [{query.shape[1]}] on {query.device}, found {describe(sinks)}")
+    if max_prefix_length is not None and max_prefix_length < 0:
+        raise ValueError(f"max_prefix_length: expected None or >= 0, found {max_prefix_length}")
     if bias is not None:
         _check_bias(bias, query, key.shape[2], prefix_key.shape[1], prefix_offsets)
     args = (
@@ -146,6 +152,7 @@ def prefix_attention(  # type: ignore[misc]
         prefix_key_scale,
         prefix_value_scale,
         prefix_scale_block,
+        max_prefix_length,
     )
     name = BACKENDS.select(backend, args)
     if name == "reference":
@@ -268,7 +275,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.scale_block, ctx.backend = inputs[10:14], inputs[18], inputs[19]
+    ctx.options, ctx.scale_block, ctx.backend = inputs[10:14], inputs[18], inputs[20]
     ctx.save_for_backward(*inputs[:10], *inputs[14:18], *output)
 
 
@@ -284,7 +291,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     *grads, grad_sinks = _backward_op(grad_out, grad_lse, *tensors, *ctx.options, sinks, bias, out, lse, ctx.backend)
     if quantized:
         grads[3:] = None, None
-    return (*grads, *(None,) * 9, None if sinks is None else grad_sinks, *(None,) * 5)
+    return (*grads, *(None,) * 9, None if sinks is None else grad_sinks, *(None,) * 6)
 
 
 _ARGUMENTS = (
@@ -294,7 +301,9 @@ _ARGUMENTS = (
 )
 _SCALES = "Tensor? prefix_key_scale, Tensor? prefix_value_scale, SymInt? prefix_scale_block"
 _forward = define(
-    f"prefix_attention({_ARGUMENTS}, {_SCALES}, str backend) -> (Tensor, Tensor)", _forward_impl, _forward_fake
+    f"prefix_attention({_ARGUMENTS}, {_SCALES}, SymInt? max_prefix_length, str backend) -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
 )
 _backward_op = define(
     f"prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, {_ARGUMENTS}, Tensor out, Tensor lse, str backend)"

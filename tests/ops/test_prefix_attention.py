@@ -317,7 +317,7 @@ def test_opcheck(name: str, backend: str) -> None:
     names = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     args = [*inputs.tensors, *(o.get(n) for n in names), 0.25]
     args += [o["causal"], o.get("sliding_window"), o.get("softcap"), o.get("sinks"), o.get("bias")]
-    args += [None, None, None, backend]
+    args += [None, None, None, 3, backend]
     torch.library.opcheck(torch.ops.softprompt_fast.prefix_attention.default, args)
 
 
@@ -372,6 +372,22 @@ def test_no_recompilation(backend: str) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch, own in ((3, 8), (3, 9), (3, 33), (5, 9), (2, 64)):
             call(batch, own)
+
+
+@pytest.mark.parametrize("backend", [*NAMES, "reference"])
+def test_a_hint_of_lengths_changes_nothing(backend: str) -> None:
+    inputs = make("packed").requires_grad_()
+    real = inputs.real_queries()
+    want = run(inputs, backend)
+    for hint in (0, 10**6):
+        found = ops.prefix_attention(
+            *inputs.tensors, **inputs.options, max_prefix_length=hint, return_lse=True, backend=backend
+        )
+        torch.testing.assert_close(found, want)
+        grads = (gradients(inputs, *results, real) for results in (found, run(inputs, backend)))
+        torch.testing.assert_close(*map(list, grads))
+    with pytest.raises(ValueError, match="max_prefix_length: expected None or >= 0, found -1"):
+        ops.prefix_attention(*inputs.tensors, **inputs.options, max_prefix_length=-1)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)], ids=str)

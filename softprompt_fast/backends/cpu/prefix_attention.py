@@ -41,6 +41,7 @@ def forward(
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,  # lengths can be read here
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     v_dim = value.shape[3]

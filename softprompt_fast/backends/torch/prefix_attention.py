@@ -54,6 +54,7 @@ def forward(
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,  # its work is not planned by lengths
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own = key.shape[1], key.shape[2]

@@ -18,7 +18,7 @@ What a query sees is an interval of its row's prefix and an interval of its own 
 program carries two vectors, and a block of keys that lies in all intervals needs no mask. Where a share of the keys
 begins and ends is worked out on the device from the row's geometry: with a static cache shares follow the filled part
 and not the capacity, and a program beyond it has nothing to do. The number of shares is the host's choice
-(:func:`splits`), from shapes alone.
+(:func:`splits`), from shapes and, where it knows that, the longest prefix's length.
 
 Many prefixes: ``rows_by_prefix`` ranks the rows by prefix, on the device. A tile takes consecutive queries in that
 order and walks each prefix that one of them uses, with the others masked: N prefixes cost at most N - 1 more walks of
@@ -69,6 +69,7 @@ def forward(
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
@@ -95,7 +96,10 @@ def forward(
     prefix_tiles, own_tiles = triton.cdiv(stacked, config["BLOCK_M"]), triton.cdiv(groups * queries, block_own)
     least, processors = config.pop("MIN_KEYS"), _runtime.processors(query.device)
     prefix_splits = splits(
-        prefix_tiles * kv_heads, triton.cdiv(packed, prefixes), config.pop("PREFIX_PROGRAMS") * processors, least
+        prefix_tiles * kv_heads,
+        prefix_keys(packed, prefixes, max_prefix_length),
+        config.pop("PREFIX_PROGRAMS") * processors,
+        least,
     )
     own_splits = splits(batch * own_tiles * kv_heads, own, config.pop("OWN_PROGRAMS") * processors, least)
 
@@ -173,6 +177,20 @@ def splits(programs: int, keys: int, wanted: int, least: int) -> int:
     if keys == 0:
         return 0
     return max(1, min(wanted // programs, triton.cdiv(keys, least), MAX_SPLITS))
+
+
+def prefix_keys(packed: int, prefixes: int, longest: int | None) -> int:
+    """Keys by which the shares of a prefix are counted, out of ``packed`` entries: a hint may be wrong, and then costs
+    time only, so no prefix is left out for it.
+
+    Args:
+        longest: of the batch's prefixes, where the host knows; None: their mean, which in an arena counts free room.
+
+    Example: 2 prefixes of 100 and 60 in an arena of 4096 entries, 4 places with the gaps: 100, and 1024 unknown.
+    """
+    if longest is None:
+        return triton.cdiv(packed, prefixes)
+    return min(packed, max(longest, 1))
 
 
 # Lengths, batch sizes and what follows from them: not worth a kernel of their own.

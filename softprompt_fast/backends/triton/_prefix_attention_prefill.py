@@ -54,6 +54,7 @@ def forward(
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,  # it splits no prefix
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
