@@ -231,6 +231,9 @@ class PromptBank:
             ("hits", "loads", "compilations", "placements", "evictions", "drops", "spills", "failures"), 0
         )
         self._lock = threading.RLock()
+        #: Called, in whichever thread it happens, when a prefix in the device's storage was released by its last
+        #: holder, unpinned or removed: who found no room (BankFullError) may try again. To be quick.
+        self.listeners: set[Callable[[], None]] = set()
 
     # ---- names ---------------------------------------------------------------------------------------------------
 
@@ -346,6 +349,7 @@ class PromptBank:
             self._forget(self._entry(name))
             del self._entries[name]
             self._pinned = {key for key in self._pinned if key[0] != name}
+        self._tell()
 
     def _forget(self, entry: _Entry) -> None:
         for slot in [*entry.slots.values()]:
@@ -478,6 +482,7 @@ class PromptBank:
         with self._lock:
             self._pinned -= {(name, task), (name, None)}  # only multitask prompts are pinned by task
         self._trim()
+        self._tell()
 
     @property
     def _host_device(self) -> torch.device:
@@ -519,11 +524,19 @@ class PromptBank:
     def _let_go(self, slot: _Slot) -> None:
         with self._lock:
             slot.refs -= 1
+            freed = slot.refs == 0 and slot.arena is not None
             if slot.refs == 0:
                 self._held.discard(slot)
                 if not slot.alive or (slot.prefix is None and slot.arena is None):
                     self._retire(slot)
         self._trim()
+        if freed:
+            self._tell()
+
+    def _tell(self) -> None:
+        # Not under the lock: listeners have locks of their own.
+        for listener in tuple(self.listeners):
+            listener()
 
     def _retire(self, slot: _Slot) -> None:
         """`slot` is current no more; with its last hold it goes."""

@@ -34,7 +34,14 @@ from softprompt_fast.serving.protocol import (
     parse,
     usage,
 )
-from softprompt_fast.serving.requests import Chunk, EngineClosedError, QueueFullError, RequestError, Stream
+from softprompt_fast.serving.requests import (
+    Chunk,
+    EngineClosedError,
+    QueueFullError,
+    RequestError,
+    Stream,
+    UnknownPromptError,
+)
 from softprompt_fast.serving.settings import why_no_name
 
 #: Bytes of a request's body at most.
@@ -462,6 +469,8 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
+    if isinstance(error, UnknownPromptError):  # removed since its name was looked up
+        return ApiError(404, message, "model_not_found", "model")
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if message.startswith("the model has room") else "invalid_value"
         return ApiError(400, message, code, error.parameter)
@@ -471,12 +480,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(503, message, "shutting_down")
     if isinstance(error, BankFullError):
         return ApiError(503, message, "prompt_bank_full", retry_after=1)
-    if isinstance(error, KeyError):  # removed since its name was looked up
-        return ApiError(404, str(error.args[0]) if error.args else message, "model_not_found", "model")
     if isinstance(error, (SoftPromptError, OSError)):
         return ApiError(500, f"the prompt can't be used: {message}", "prompt_unavailable", "model")
-    if isinstance(error, (ValueError, TypeError, IndexError)):
-        return ApiError(400, message, "invalid_value")
     if isinstance(error, _ClientGoneError):
         return ApiError(499, "the client has left")
     return ApiError(500, f"{type(error).__name__}: {message}", "internal_error")
