@@ -238,6 +238,8 @@ class Engine:
         ids, sampling = request.input_ids, request.sampling
         if not len(ids) and request.prompt is None:
             raise RequestError("input_ids: expected at least one token where there is no soft prompt", "prompt")
+        if request.task is not None and request.prompt is None:
+            raise RequestError("task: a request without a soft prompt has none", "task")
         for name, tokens in (
             ("prompt", ids),
             ("logit_bias", sampling.logit_bias),
@@ -312,7 +314,8 @@ class Engine:
         assert name is not None
         try:
             try:
-                self._bank.check_task(name, request.task)
+                if self._bank.check_task(name, request.task) is None and request.task is not None:
+                    raise RequestError(f"task: prompt {name!r} has no tasks", "task")
             except SoftPromptError:
                 raise
             except (ValueError, TypeError) as error:
@@ -338,20 +341,24 @@ class Engine:
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                try:
-                    self._sweep()
-                    self._prefill()
-                    self._decode()
-                except Exception as error:  # what a step itself raises is dealt with there
-                    self._reset(error)
-                self._publish()
-        self._bank.listeners.discard(self._room)
-        for row in self._take_all():
-            self._end(row, "cancelled")
-        self._publish()
-        self._loaders.shutdown(wait=False)
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    try:
+                        self._sweep()
+                        self._prefill()
+                        self._decode()
+                    except Exception as error:  # what a step itself raises is dealt with there
+                        self._reset(error)
+                    self._publish()
+        finally:  # whatever happened: nobody may wait for a thread that has ended
+            with self._changed:
+                self._closing = self._stopped = True
+            self._bank.listeners.discard(self._room)
+            for row in self._take_all():
+                self._end(row, "cancelled")
+            self._publish()
+            self._loaders.shutdown(wait=False)
 
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""

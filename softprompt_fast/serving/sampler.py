@@ -33,7 +33,8 @@ class RowSampler:
     ) -> None:
         self.sampling = sampling
         # One uniform number a token is all that is drawn.
-        self._random = random.Random(sampling.seed)
+        # As a string: of an integer it takes the absolute value, and -1 would draw as 1 does.
+        self._random = random.Random(None if sampling.seed is None else str(sampling.seed))
         self._counts: Tensor | None = None  # of new tokens, float32 [V]
         self._seen: Tensor | None = None  # given or new, bool [V]
         self._bias: tuple[Tensor, Tensor] | None = None
