@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from softprompt_fast import BankOptions, PrefixKV, SoftPromptModel
+from softprompt_fast.bank import PromptBank
 from softprompt_fast.errors import BankFullError, PrefixError
 from softprompt_fast.serving import batch as batch_module
 from softprompt_fast.serving import engine as engine_module
@@ -361,6 +362,21 @@ def one_place() -> SoftPromptModel:
     return make_model(bank=BankOptions(device_bytes=10 * PREFIX_ENTRY))
 
 
+def refusals(bank: PromptBank, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Counts how often there was no room."""
+    refused, place = threading.Semaphore(0), bank._place
+
+    def watched(*args: Any) -> None:
+        try:
+            place(*args)
+        except BankFullError:
+            refused.release()
+            raise
+
+    monkeypatch.setattr(bank, "_place", watched)
+    return refused
+
+
 def test_a_full_bank_makes_requests_wait(one_place):
     """One prompt at a time: each waits until the one before has ended, in the order in which they came."""
     rows = make_rows([4, 2, 6, 3, 5, 1])
@@ -382,21 +398,43 @@ def test_room_in_the_bank_wakes_who_waits(one_place, monkeypatch, by):
     if by != "release":
         bank.pin("b")
         held.release()
-    refused, place = threading.Event(), bank._place
-
-    def watched(*args: Any) -> None:
-        try:
-            place(*args)
-        except BankFullError:
-            refused.set()
-            raise
-
-    monkeypatch.setattr(bank, "_place", watched)
+    refused = refusals(bank, monkeypatch)
     with Engine(one_place, timeout=PATIENCE) as engine:
         stream = engine.submit(greedy(row, "a", 5))
-        assert refused.wait(PATIENCE)
+        assert refused.acquire(timeout=PATIENCE)
         {"release": held.release, "unpin": lambda: bank.unpin("b"), "remove": lambda: bank.remove("b")}[by]()
         assert stream.result().tokens == alone(make_model(), row, "a", 5)
+
+
+def test_who_found_no_room_is_next(one_place, monkeypatch):
+    """A prompt that would fit beside what is held does not pass by one that does not, or that might wait for ever."""
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
+    held = bank.hold("c")
+    refused = refusals(bank, monkeypatch)
+    with Engine(one_place, timeout=PATIENCE) as engine:
+        large = engine.submit(greedy(row, "b", 5))
+        assert refused.acquire(timeout=PATIENCE)
+        small, none = engine.submit(greedy(row, "a", 5)), engine.submit(greedy(row, None, 5))
+        assert none.result().tokens == alone(make_model(), row, None, 5)
+        assert large.num_tokens == small.num_tokens == 0
+        held.release()
+        assert small.result().tokens == alone(make_model(), row, "a", 5)
+        assert large.finished is not None and small.first_token is not None and large.finished <= small.first_token
+
+
+def test_who_found_no_room_and_leaves_holds_up_nobody(one_place, monkeypatch):
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
+    refused = refusals(bank, monkeypatch)
+    with bank.hold("c"), Engine(one_place, timeout=PATIENCE) as engine:
+        large = engine.submit(greedy(row, "b", 5))
+        assert refused.acquire(timeout=PATIENCE)
+        small = engine.submit(greedy(row, "a", 5))
+        large.cancel()
+        assert small.result().tokens == alone(make_model(), row, "a", 5)
 
 
 def test_room_that_comes_while_nobody_waits_yet_is_not_missed(one_place, monkeypatch):

@@ -49,7 +49,8 @@ class _Row:
 
     def __init__(self, request: Request, stream: Stream, deadline: float | None) -> None:
         self.request, self.stream, self.deadline = request, stream, deadline
-        self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready"
+        self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready" or "failed"
+        self.refused = False  # whether the bank had no room for its prompt yet
         self.held: Held | None = None  # its prompt in the bank
         self.left = 0  # new tokens that it may still have
         self.last = 0  # the newest token
@@ -136,9 +137,8 @@ class Engine:
         self._prefilled: OwnTokenCache | None = None  # their own tokens so far
         self._touched: list[Stream] = []
         self._unsettled = False
-        self._bank_full = False
         self._rooms = 0  # how often the bank said that there may be room
-        self._stuck_since: float | None = None  # the bank is full, and nothing here will change that
+        self._stuck_since: float | None = None  # there is none, and nothing here will change that
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="softprompt-fast-load")
         self._bank.listeners.add(self._room)
         self._thread = threading.Thread(target=self._run, name="softprompt-fast-engine", daemon=True)
@@ -280,12 +280,14 @@ class Engine:
         Only as many as can run next, so that waiting requests don't take the bank from running ones. Once one finds no
         room, those behind it wait as well: else it might wait forever.
         """
+        full = False
         for row in islice(self._waiting, self.max_batch):
             if row.stage == "new" and row.request.prompt is None:
                 row.stage = "ready"
-            elif row.stage == "new" and not self._bank_full:
+            elif row.stage == "new" and not full:
                 row.stage = "loading"
                 self._loaders.submit(self._hold, row)
+            full = full or (row.refused and row.stage in ("loading", "full"))
 
     def _hold(self, row: _Row) -> None:
         error: Exception | None = None
@@ -300,10 +302,10 @@ class Engine:
                     held.release()
             elif held is not None:
                 row.held, row.stage, row.stream.error = held, "ready", None
-            elif isinstance(error, BankFullError) and rooms != self._rooms:
-                row.stage = "new"  # something was released since it looked
             elif isinstance(error, BankFullError):
-                row.stream.error, row.stage, self._bank_full = error, "full", True
+                # Once more where something was released since it looked.
+                row.stream.error, row.refused = error, True
+                row.stage = "full" if rooms == self._rooms else "new"
             else:
                 row.stream.error, row.stage = error, "failed"
             self._news = True
@@ -330,13 +332,13 @@ class Engine:
         """The bank may have room for a prompt that found none; from any thread."""
         with self._changed:
             self._rooms += 1
-            if self._bank_full:
-                self._bank_full, self._stuck_since = False, None
-                for row in self._waiting:
-                    if row.stage == "full":
-                        row.stage = "new"
-                self._news = True
-                self._changed.notify()
+            self._stuck_since = None
+            for row in self._full_rows():
+                row.stage, self._news = "new", True
+            self._changed.notify()
+
+    def _full_rows(self) -> list[_Row]:
+        return [row for row in islice(self._waiting, self.max_batch) if row.stage == "full"]
 
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
@@ -370,7 +372,7 @@ class Engine:
                     self._news = False
                     return True
                 moments = [row.deadline for row in self._waiting if row.deadline is not None]
-                if self._stuck_since is not None:
+                if self._stuck_since is not None and self._full_rows():
                     moments.append(self._stuck_since + _GIVE_UP)
                 pause = min(moments, default=math.inf) - time.monotonic()
                 if not self._changed.wait(min(max(0.0, pause), threading.TIMEOUT_MAX)):
@@ -396,17 +398,15 @@ class Engine:
 
     def _give_up(self, now: float) -> None:
         """Fail the requests that find no room in the bank, once nobody here will make some; called with the lock."""
-        holders = self._running or self._prefilling or any(row.stage in ("loading", "ready") for row in self._waiting)
-        if not self._bank_full or holders:
+        holders = self._running or self._prefilling or any(row.held is not None for row in self._waiting)
+        full = self._full_rows()
+        if holders or not self._waiting:
             self._stuck_since = None
-        elif self._stuck_since is None:
+        elif full and self._stuck_since is None:
             self._stuck_since = now
-        elif now >= self._stuck_since + _GIVE_UP:
-            for row in self._waiting:
-                if row.stage == "full":
-                    row.stage = "failed"
-            self._bank_full, self._stuck_since = False, None
-            self._news = True  # to end them in the next round
+        elif full and self._stuck_since is not None and now >= self._stuck_since + _GIVE_UP:
+            for row in full:
+                row.stage, self._news = "failed", True  # they end in the next round
 
     def _reset(self, error: Exception) -> None:
         """Fail everything: what the rows' state is can't be known."""
@@ -498,7 +498,6 @@ class Engine:
         if cache.get_seq_length() == width:
             # What fails from here on may leave the running rows' cache half changed, and fails them as well.
             self._join(rows, cache, logits, lengths)
-            self._prefilling, self._prefilled = [], None
 
     def _forward(self, ids: Tensor, rows: Sequence[_Row], cache: OwnTokenCache, starts: Tensor | None) -> Tensor:
         """Logits ``[B, V]`` of the last column."""
@@ -519,8 +518,10 @@ class Engine:
         going = [i for i, row in enumerate(rows) if row in alive]
         if going:
             self._cache.join(cache, going, [lengths[i] for i in going])
-            self._running += [rows[i] for i in going]
             self._unsettled = True
+        with self._changed:  # or a row would count twice
+            self._running += [rows[i] for i in going]
+            self._prefilling, self._prefilled = [], None
 
     # ---- decode
 
