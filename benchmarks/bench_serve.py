@@ -491,7 +491,7 @@ def main() -> int:
     many.add_argument("--own-least", type=int, default=8)
     many.add_argument("--own-most", type=int, default=48)
     many.add_argument("--margin", type=float, default=1e-3, help="of the best logit over the second best")
-    many.add_argument("--rounds", type=int, default=3, help="for each server")
+    many.add_argument("--rounds", type=int, default=1, help="starts of each server; vLLM's takes a minute")
     many.add_argument(
         "--faults", type=float, default=0.0, help="so many misbehaving clients a request, in one run more"
     )

@@ -136,6 +136,21 @@ def test_streams_give_the_same_text(client, model):
         assert len({event.id for event in events}) == 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_characters_of_several_tokens_are_streamed_whole(url, seed):
+    """Only "a" and the two bytes of "ä", drawn at random."""
+    bias = {str(token): 90 for token in TOKENIZER("aä")["input_ids"]}
+    fields = greedy("a", new=40, temperature=1, seed=seed, logit_bias=bias, logprobs=1)
+    whole = post(url, fields).json()["choices"][0]
+    lines = [line for line in post(url, fields | {"stream": True}).text.split("\n\n") if "{" in line]
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert "ä" in whole["text"] and "\ufffd" in whole["text"]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    streamed = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    for field, values in whole["logprobs"].items():
+        assert [value for part in streamed for value in part[field]] == values
+
+
 def test_server_sent_events_as_they_are_written(url):
     with httpx.stream("POST", f"{url}/v1/completions", json=greedy("a", stream=True)) as answer:
         lines = [line for line in answer.iter_lines() if line]
@@ -205,6 +220,11 @@ def test_logprobs(client):
     )
     content = chat.choices[0].logprobs.content
     assert len(content) == 3 and all(len(token.top_logprobs) == 2 for token in content)
+    part = str(TOKENIZER("😀")["input_ids"][0])  # a byte that is no text by itself
+    chat = client.chat.completions.create(
+        model="a", messages=message, max_tokens=1, temperature=0, logprobs=True, logit_bias={part: 100}
+    )
+    assert (chat.choices[0].logprobs.content[0].token, chat.choices[0].logprobs.content[0].bytes) == ("\ufffd", None)
     events = client.completions.create(**greedy("a", new=4, logprobs=0, stream=True))
     streamed = [event.choices[0].logprobs for event in events if event.choices[0].logprobs]
     assert [p for logprobs in streamed for p in logprobs.token_logprobs] == found.token_logprobs
@@ -434,9 +454,8 @@ def test_a_client_that_leaves_a_stream_frees_its_row(gated):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as answer:
             next(answer.iter_lines())
         begun.result(PATIENCE)
-    # The connection is closed, and the next pass held until the server has seen that.
-    (row,) = engine._running
-    until(lambda: row.stream._cancelled)
+    # The connection is closed, and the row's next pass is held, if there is one, until the server has seen that.
+    until(lambda: all(row.stream._cancelled for row in engine._running))
     gate.open()
     assert reasons.get(timeout=PATIENCE) == "cancelled"
     assert post(url, greedy("a")).status_code == 200

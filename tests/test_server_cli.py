@@ -151,22 +151,38 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """Prompts: "named", "first" and "second" in a folder, and beside them one that is damaged and one that is none."""
-    folder = tmp_path_factory.mktemp("served")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of many positions with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
     base = make_base()
     base.config.max_position_embeddings = POSITIONS
-    base.save_pretrained(folder / "tiny")
-    make_tokenizer().save_pretrained(folder / "tiny")
-    model = SoftPromptModel.from_pretrained(folder / "tiny").eval()
+    base.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_prompt_that_is_named_has_to_be_there_at_the_start(tiny: Path, tmp_path: Path) -> None:
+    line = ("--model", tiny, "--port", 0, "--prompt")
+    save_adapter(make_prompt(make_base("gpt2")), tmp_path / "other")
+    (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"")
+    assert "damaged" in refused(Exit.INPUT, *line, f"a={tmp_path / 'other'}")
+    assert "nothing" in refused(Exit.IO, *line, f"a={tmp_path / 'nothing'}")
+    assert "neither a template nor a file" in refused(Exit.INPUT, *line[:-1], "--chat-template", tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Prompts: "named", "first" and "second" in a folder, and beside them one that is damaged and one that is none."""
+    folder = tmp_path_factory.mktemp("served")
+    model = SoftPromptModel.from_pretrained(tiny).eval()
     places = {"named": folder / "named", "first": folder / "all" / "first", "second": folder / "all" / "second"}
     for seed, (name, place) in enumerate(places.items()):
-        save_adapter(make_prompt(base, seed=seed), place)
+        save_adapter(make_prompt(model.base, seed=seed), place)
         model.load_prompt(name, place)
-    save_adapter(make_prompt(base), folder / "all" / "damaged")
+    save_adapter(make_prompt(model.base), folder / "all" / "damaged")
     (folder / "all" / "damaged" / "adapter_model.safetensors").write_bytes(b"")
     (folder / "all" / "none").mkdir()
-    command = [sys.executable, "-m", "softprompt_fast.cli", "serve", "--model", folder / "tiny", "--port", "0"]
+    command = [sys.executable, "-m", "softprompt_fast.cli", "serve", "--model", tiny, "--port", "0"]
     command += ["--prompt", f"named={places['named']}", "--prompts", folder / "all", "--grace", str(PATIENCE)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_FAST_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
