@@ -331,7 +331,7 @@ class Started(Running):
     """
 
     def __init__(self, engine: str, python: Path, prompts: Path, options: Sequence[str] = ()) -> None:
-        port = free_port()
+        port, self.name = free_port(), engine
         super().__init__(f"http://127.0.0.1:{port}")
         self.command = [str(python), "-m", "softprompt_fast.cli", "serve", "--model", "demo", "--engine", engine]
         self.command += ["--prompts", str(prompts), "--port", str(port), *options]
@@ -340,6 +340,7 @@ class Started(Running):
 
     def __enter__(self) -> Started:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        started = time.monotonic()
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", **os.environ, "PYTHONPATH": path}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -348,6 +349,7 @@ class Started(Running):
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+        print(f"{self.name}: started in {time.monotonic() - started:.0f} s", flush=True)
         return self
 
     def check_alive(self) -> None:

@@ -15,8 +15,8 @@ and by PEFT in one: no ratio is given over another text.
 
 ``load``: requests over HTTP, some at a time and streamed, each for one of many prompts. The servers, this package's
 own and vLLM behind the same command, are started in turn (A B A B), and one that is not measured does not run. Every
-text is compared with the greedy text of its row alone. ``--faults`` mixes in clients that misbehave, in one round
-more; see ``_serve_load.py``.
+text is compared with the greedy text of its row alone. ``--faults`` has the servers of the last round answer once
+more, with clients that misbehave mixed in; see ``_serve_load.py``.
 """
 
 from __future__ import annotations
@@ -337,13 +337,15 @@ def load(args: argparse.Namespace) -> int:
         requests = make_load(args, folder)
         servers = make_servers(args, folder)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
-        for number, faults in enumerate([0.0] * args.rounds + [args.faults] * bool(args.faults)):
+        for number in range(args.rounds):
+            last = [args.faults] if args.faults and number == args.rounds - 1 else []
             for name, start in servers.items():
                 with start() as server:
                     server.warm_up(requests)
-                    run = asyncio.run(load_client.run(server.url, requests, args.concurrent, faults, args.api_key))
-                print(f"round {number}: {name}: {json.dumps(load_client.summary(run))}", flush=True)
-                runs[name].append(run)
+                    for faults in [0.0, *last]:
+                        run = asyncio.run(load_client.run(server.url, requests, args.concurrent, faults, args.api_key))
+                        print(f"round {number}: {name}: {json.dumps(load_client.summary(run))}", flush=True)
+                        runs[name].append(run)
     result = {
         "shape": {name: getattr(args, name) for name in LOAD_SHAPE},
         "faults": args.faults,
@@ -489,9 +491,9 @@ def main() -> int:
     many.add_argument("--own-least", type=int, default=8)
     many.add_argument("--own-most", type=int, default=48)
     many.add_argument("--margin", type=float, default=1e-3, help="of the best logit over the second best")
-    many.add_argument("--rounds", type=int, default=3, help="for each server")
+    many.add_argument("--rounds", type=int, default=1, help="starts of each server; vLLM's takes a minute")
     many.add_argument(
-        "--faults", type=float, default=0.0, help="so many misbehaving clients a request, in one round more"
+        "--faults", type=float, default=0.0, help="so many misbehaving clients a request, in one run more"
     )
     for sub in (one, many):
         sub.add_argument("--new", type=int, default=32)

@@ -88,6 +88,9 @@ class PromptBank:
         )
         self._held: set[Slot] = set()
         self._packs: OrderedDict[tuple[torch.dtype, tuple[tuple[RowPrompt, int], ...]], Packed] = OrderedDict()
+        #: Called, in whichever thread it happens, when a prefix in the device's storage was released by its last
+        #: holder, unpinned or removed: who found no room (BankFullError) may try again. To be quick.
+        self.listeners: set[Callable[[], None]] = set()
 
     # ---- names ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class PromptBank:
             self._forget(self._catalogue.entry(name))
             del self._catalogue.entries[name]
             self._tiers.pinned = {key for key in self._tiers.pinned if key[0] != name}
+        self._tell()
 
     def _forget(self, entry: Entry) -> None:
         self._tiers.forget(entry)
@@ -282,6 +286,7 @@ class PromptBank:
         with self._lock:
             self._tiers.pinned -= {(name, task), (name, None)}  # only multitask prompts are pinned by task
         self._tiers.trim()
+        self._tell()
 
     def _hold(self, name: str, task: int | None, tier: Tier) -> Held:
         with self._lock:
@@ -313,11 +318,19 @@ class PromptBank:
     def _let_go(self, slot: Slot) -> None:
         with self._lock:
             slot.refs -= 1
+            freed = slot.refs == 0 and slot.arena is not None
             if slot.refs == 0:
                 self._held.discard(slot)
                 if not slot.alive or (slot.prefix is None and slot.arena is None):
                     self._tiers.retire(slot)
         self._tiers.trim()
+        if freed:
+            self._tell()
+
+    def _tell(self) -> None:
+        # Not under the lock: listeners have locks of their own.
+        for listener in tuple(self.listeners):
+            listener()
 
     # ---- without the arena ---------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import random
 import threading
 import time
@@ -15,17 +16,24 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt_fast import PrefixKV, SoftPromptModel
+from softprompt_fast import BankOptions, PrefixKV, SoftPromptModel
+from softprompt_fast.bank import PromptBank
 from softprompt_fast.errors import BankFullError, PrefixError
+from softprompt_fast.serving import batch as batch_module
+from softprompt_fast.serving import engine as engine_module
 from softprompt_fast.serving.engine import Engine
 from softprompt_fast.serving.requests import EngineClosedError, QueueFullError, Request, RequestError, Sampling
-from tests.models import MAX_POSITIONS, Oracle, make_base, make_model, make_prompt, make_rows
+from tests.models import MAX_POSITIONS, NUM_TASKS, Oracle, make_base, make_model, make_prompt, make_rows
 from tests.serving import PATIENCE, Gate, alone, make_tokenizer
 
 
 @pytest.fixture
 def model() -> SoftPromptModel:
     return make_model()
+
+
+#: Bytes of one virtual token's keys and values in the tiny model.
+PREFIX_ENTRY = 2 * 2 * 2 * 8 * 4
 
 
 def greedy(row: torch.Tensor, prompt: str | None, new: int, **options: Any) -> Request:
@@ -261,6 +269,20 @@ def test_a_row_that_was_ready_begins_when_the_last_running_one_ends(model, monke
         assert [stream.result().tokens for stream in streams] == [text, text]
 
 
+def test_rows_that_are_prefilled_count(model, monkeypatch):
+    row = make_rows([3])[0]
+    with Engine(model, max_batch=2, max_waiting=1) as engine:
+        gate = Gate(engine, monkeypatch)
+        streams = [engine.submit(greedy(row, "a", 3))]
+        gate.wait()  # in the model, and in no batch yet
+        assert (engine.num_running, engine.num_waiting) == (1, 0)
+        streams += [engine.submit(greedy(row, "a", 3)) for _ in range(2)]
+        with pytest.raises(QueueFullError):
+            engine.submit(greedy(row, "a", 3))
+        gate.open()
+        assert {tuple(stream.result().tokens) for stream in streams} == {tuple(alone(model, row, "a", 3))}
+
+
 def test_a_full_queue_refuses(model, monkeypatch):
     row = make_rows([3])[0]
     with Engine(model, max_batch=1, max_waiting=2) as engine:
@@ -290,15 +312,10 @@ def test_models_that_it_can_not_serve(make, reason):
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_and_broken_prompts_fail_alone(model, tmp_path, monkeypatch):
-    hold = model.bank.hold
-
-    def broken(name: str, task: int | None = None) -> Any:
-        if name == "broken":
-            raise PrefixError("prefix.safetensors: damaged")
-        return hold(name, task)
-
-    monkeypatch.setattr(model.bank, "hold", broken)
+def test_unknown_and_broken_prompts_fail_alone(model, tmp_path):
+    model.compile_prompt("a").save_pretrained(tmp_path)
+    model.register_prompt("broken", tmp_path)
+    (tmp_path / "prefix_kv.safetensors").write_bytes(b"")
     row = make_rows([4])[0]
     with Engine(model) as engine:
         good = [engine.submit(greedy(row, name, 20)) for name in ("a", "b", None)]
@@ -308,6 +325,17 @@ def test_unknown_and_broken_prompts_fail_alone(model, tmp_path, monkeypatch):
             engine.submit(greedy(row, "broken", 5)).result()
         for stream, name in zip(good, ("a", "b", None), strict=True):
             assert stream.result().tokens == alone(model, row, name, 20)
+
+
+def test_a_task_that_there_is_not_is_the_requests_fault():
+    prompt = make_prompt(make_base(), "MULTITASK_PROMPT_TUNING")
+    model, row = make_model(prompts={"many": prompt}), make_rows([4])[0]
+    with Engine(model) as engine:
+        for task in (None, NUM_TASKS, -1, "0"):
+            with pytest.raises(RequestError, match="task_ids") as found:
+                engine.submit(Request(row.tolist(), "many", task, Sampling(max_tokens=3))).result()
+            assert found.value.parameter == "task"
+        assert len(engine.submit(Request(row.tolist(), "many", 0, Sampling(max_tokens=3))).result().tokens) == 3
 
 
 def test_a_prompt_that_loads_holds_up_nobody(model, monkeypatch):
@@ -328,44 +356,112 @@ def test_a_prompt_that_loads_holds_up_nobody(model, monkeypatch):
         assert loading.result().tokens == alone(model, row, "b", 5)
 
 
-def test_a_full_bank_makes_requests_wait(model, monkeypatch):
+@pytest.fixture
+def one_place() -> SoftPromptModel:
+    """A model whose bank has room for one of its prompts at a time."""
+    return make_model(bank=BankOptions(device_bytes=10 * PREFIX_ENTRY))
+
+
+def refusals(bank: PromptBank, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Counts how often there was no room."""
+    refused, place = threading.Semaphore(0), bank._place
+
+    def watched(*args: Any) -> None:
+        try:
+            place(*args)
+        except BankFullError:
+            refused.release()
+            raise
+
+    monkeypatch.setattr(bank, "_place", watched)
+    return refused
+
+
+def test_a_full_bank_makes_requests_wait(one_place):
     """One prompt at a time: each waits until the one before has ended, in the order in which they came."""
-    hold, held = model.bank.hold, []
-    lock = threading.Lock()
-
-    def one_at_a_time(name: str, task: int | None = None) -> Any:
-        with lock:
-            if any(other != name for other in held):
-                raise BankFullError("the budget is taken")
-            held.append(name)
-        found = hold(name, task)
-        release = found.release
-
-        def give_back() -> None:
-            with lock:
-                held.remove(name)
-            release()
-
-        monkeypatch.setattr(found, "release", give_back)
-        return found
-
-    monkeypatch.setattr(model.bank, "hold", one_at_a_time)
     rows = make_rows([4, 2, 6, 3, 5, 1])
     names = ["a", "b", "a", None, "b", "a"]
-    with Engine(model) as engine:
+    with Engine(one_place) as engine:
         streams = [engine.submit(greedy(row, name, 8)) for row, name in zip(rows, names, strict=True)]
         for stream, row, name in zip(streams, rows, names, strict=True):
-            assert stream.result().tokens == alone(model, row, name, 8)
-    assert held == []
+            assert stream.result().tokens == alone(make_model(), row, name, 8)
+    assert one_place.bank.metrics()["held_prefixes"] == 0
+    assert not one_place.bank.listeners
 
 
-def test_a_bank_that_stays_full_fails_the_request(model, monkeypatch):
-    def full(name: str, task: int | None = None) -> Any:
-        raise BankFullError("the prefix is larger than the budget")
+@pytest.mark.parametrize("by", ["release", "unpin", "remove"])
+def test_room_in_the_bank_wakes_who_waits(one_place, monkeypatch, by):
+    """Nothing else does: the engine would wait for ever."""
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    held = bank.hold("b")
+    if by != "release":
+        bank.pin("b")
+        held.release()
+    refused = refusals(bank, monkeypatch)
+    with Engine(one_place, timeout=PATIENCE) as engine:
+        stream = engine.submit(greedy(row, "a", 5))
+        assert refused.acquire(timeout=PATIENCE)
+        {"release": held.release, "unpin": lambda: bank.unpin("b"), "remove": lambda: bank.remove("b")}[by]()
+        assert stream.result().tokens == alone(make_model(), row, "a", 5)
 
-    monkeypatch.setattr(model.bank, "hold", full)
-    with Engine(model) as engine, pytest.raises(BankFullError, match="larger than the budget"):
-        engine.submit(greedy(make_rows([4])[0], "a", 5)).result()
+
+def test_who_found_no_room_is_next(one_place, monkeypatch):
+    """A prompt that would fit beside what is held does not pass by one that does not, or that might wait for ever."""
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
+    held = bank.hold("c")
+    refused = refusals(bank, monkeypatch)
+    with Engine(one_place, timeout=PATIENCE) as engine:
+        large = engine.submit(greedy(row, "b", 5))
+        assert refused.acquire(timeout=PATIENCE)
+        small, none = engine.submit(greedy(row, "a", 5)), engine.submit(greedy(row, None, 5))
+        assert none.result().tokens == alone(make_model(), row, None, 5)
+        assert large.num_tokens == small.num_tokens == 0
+        held.release()
+        assert small.result().tokens == alone(make_model(), row, "a", 5)
+        assert large.finished is not None and small.first_token is not None and large.finished <= small.first_token
+
+
+def test_who_found_no_room_and_leaves_holds_up_nobody(one_place, monkeypatch):
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
+    refused = refusals(bank, monkeypatch)
+    with bank.hold("c"), Engine(one_place, timeout=PATIENCE) as engine:
+        large = engine.submit(greedy(row, "b", 5))
+        assert refused.acquire(timeout=PATIENCE)
+        small = engine.submit(greedy(row, "a", 5))
+        large.cancel()
+        assert small.result().tokens == alone(make_model(), row, "a", 5)
+
+
+def test_room_that_comes_while_nobody_waits_yet_is_not_missed(one_place, monkeypatch):
+    """The bank refuses, has room again, and only then does the engine hear that it refused."""
+    monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
+    bank, row = one_place.bank, make_rows([4])[0]
+    held, hold = bank.hold("b"), bank.hold
+
+    def late(name: str, task: int | None = None) -> Any:
+        try:
+            return hold(name, task)
+        except BankFullError:
+            held.release()
+            raise
+
+    monkeypatch.setattr(bank, "hold", late)
+    with Engine(one_place, timeout=PATIENCE) as engine:
+        assert engine.submit(greedy(row, "a", 5)).result().tokens == alone(make_model(), row, "a", 5)
+
+
+def test_a_bank_that_stays_full_fails_the_request(one_place, monkeypatch):
+    monkeypatch.setattr(engine_module, "_GIVE_UP", 0.1)
+    row = make_rows([4])[0]
+    with Engine(one_place) as engine:
+        with one_place.bank.hold("b"), pytest.raises(BankFullError, match="held by running calls or pinned"):
+            engine.submit(greedy(row, "a", 5)).result()
+        assert engine.submit(greedy(row, "a", 5)).result().tokens == alone(make_model(), row, "a", 5)
 
 
 @pytest.mark.parametrize("width", ["prefill", "step"])
@@ -390,6 +486,50 @@ def test_a_step_that_fails_fails_its_rows_and_no_other(model, monkeypatch, width
         assert engine.submit(greedy(row, "a", 10)).result().tokens == expected
         assert engine.drain(PATIENCE)  # a result is given just before its row leaves
         assert engine.num_running == engine.num_waiting == 0
+
+
+def test_a_join_that_fails_fails_all(model, monkeypatch):
+    """Of the running rows' cache one layer may have been moved, and the next one not."""
+    rows = make_rows([4, 30])
+    with Engine(model, timeout=PATIENCE) as engine:
+        gate = Gate(engine, monkeypatch)
+        first = engine.submit(greedy(rows[0], "a", 40))
+        gate.wait()
+        gate.step()
+        second = engine.submit(greedy(rows[1], "b", 5))
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_module, "_buffer", lambda *_: (_ for _ in ()).throw(MemoryError("no room to grow")))
+            gate.open()
+            for stream in (first, second):
+                with pytest.raises(MemoryError):
+                    stream.result()
+        assert engine.submit(greedy(rows[0], "a", 40)).result().tokens == alone(model, rows[0], "a", 40)
+
+
+def test_text_that_can_not_be_made_fails_its_row(model):
+    tokenizer, rows = make_tokenizer(), make_rows([4, 5])
+    with Engine(model, tokenizer, timeout=PATIENCE) as engine:
+        decode = engine.decode_text
+        broken = rows[0][-3:].tolist()
+
+        def failing(tokens: list[int]) -> str:
+            if tokens[:3] == broken and len(tokens) > 3:
+                raise ValueError("no such token")
+            return decode(tokens)
+
+        engine._decode_text = failing
+        rows[0] = rows[0][-3:]
+        streams = [engine.submit(greedy(row, "a", 10)) for row in rows]
+        with pytest.raises(ValueError, match="no such token"):
+            streams[0].result()
+        assert streams[1].result().tokens == alone(model, rows[1], "a", 10)
+
+
+def test_times_that_no_lock_can_wait(model):
+    row = make_rows([4])[0]
+    with Engine(model, timeout=1e300) as engine:
+        assert engine.submit(greedy(row, "a", 3)).result().tokens == alone(model, row, "a", 3)
+        assert engine.drain(1e300)
 
 
 def test_logits_that_are_not_finite_fail_their_row(model):
@@ -454,15 +594,17 @@ def test_drain_ends_what_runs_and_takes_nothing_new(model, monkeypatch):
 
 
 def test_drain_cancels_what_takes_too_long(model, monkeypatch):
-    engine = Engine(model, max_batch=1)
+    engine = Engine(model, max_batch=2)
     gate = Gate(engine, monkeypatch)
-    streams = [engine.submit(greedy(make_rows([3])[0], "a", 60)) for _ in range(2)]
+    streams = [engine.submit(greedy(make_rows([3])[0], "a", 60)) for _ in range(3)]
     gate.wait()
+    gate.step(2)  # both run
     with ThreadPoolExecutor(1) as pool:
         drained = pool.submit(engine.drain, 0)
         while not engine._stopped:
             threading.Event().wait(0.001)
         gate.open()
         assert drained.result(PATIENCE) is False
-    assert [stream.result().finish_reason for stream in streams] == ["cancelled", "cancelled"]
+    assert [stream.result().finish_reason for stream in streams] == ["cancelled"] * 3
+    assert model.bank.metrics()["held_prefixes"] == 0
     engine.close()  # once more is no harm

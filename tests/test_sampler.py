@@ -70,6 +70,24 @@ def test_draws_have_the_probabilities_that_transformers_gives(rules):
     assert statistic < len(counts) + 5 * math.sqrt(2 * len(counts)) + 20
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-40, "top_k": 5},
+        {"temperature": 1e-38, "top_p": 0.5, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 100.0, "top_p": 1e-300, "top_k": 10**30},
+    ],
+    ids=str,
+)
+def test_rules_that_leave_one_token(rules):
+    """Too small for float32: a temperature of 0 would give NaN, and nothing is less than a `top_p` of 0."""
+    logits = 100 * randn((4, VOCAB), generator=seeded(6))
+    found = choose(logits, [RowSampler(Sampling(**rules, seed=i), [], VOCAB) for i in range(4)])
+    assert [choice.token for choice in found] == logits.argmax(-1).tolist()
+
+
 def test_a_row_draws_the_same_whatever_stands_beside_it():
     generator = seeded(1)
     logits = randn((8, VOCAB), generator=generator)
@@ -140,9 +158,13 @@ def test_logits_that_are_not_finite_fail_their_own_row(bad):
         {"max_tokens": 0},
         {"presence_penalty": 3.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-300},
         {"logprobs": 21},
         {"stop": ("",)},
-        {"logit_bias": {1: math.inf}},
+        {"stop": ("x",) * 1000},
+        {"stop": ("x" * 1000,)},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: 1e300}},
     ],
     ids=str,
 )

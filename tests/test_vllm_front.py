@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from softprompt_fast.errors import AdapterError, PrefixError, PrefixFingerprintE
 from softprompt_fast.integrations.vllm import Registry, UnknownPromptError, serve
 from softprompt_fast.integrations.vllm.kv_heads import rank_kv_heads
 from softprompt_fast.integrations.vllm.registry import load
+from softprompt_fast.serving.settings import ServeSettings
 from tests.models import make_base, make_prompt
 
 
@@ -136,28 +136,9 @@ def test_a_rank_must_exist(rank: int) -> None:
 # ------------------------------------------------------------------ softprompt-fast serve --engine vllm
 
 
-def settings(**changes: Any) -> SimpleNamespace:
-    fields = {
-        "model": "folder",
-        "base_name": "folder",
-        "prompts": {},
-        "prompts_folder": None,
-        "host": "127.0.0.1",
-        "port": 8000,
-        "api_key": None,
-        "dtype": "float32",
-        "chat_template": None,
-        "max_batch": 32,
-        "max_waiting": 64,
-        "max_prefill_tokens": 16,
-        "max_model_len": None,
-        "grace": 2.6,
-        "device_bytes": None,
-        "host_bytes": None,
-        "prefix_dtype": None,
-        "admin": False,
-    }
-    return SimpleNamespace(**fields | changes)
+def settings(**changes: Any) -> ServeSettings:
+    fields: dict[str, Any] = {"model": "folder", "engine": "vllm", "max_prefill_tokens": 16, "grace": 2.6}
+    return ServeSettings(**fields | changes)
 
 
 def test_options_of_vllms_server(tmp_path: Path) -> None:
@@ -174,11 +155,15 @@ def test_options_of_vllms_server(tmp_path: Path) -> None:
     assert not any("secret" in text for text in line)  # vLLM logs its options
 
 
-@pytest.mark.parametrize("name", ["admin", "host_bytes", "prefix_dtype"])
-def test_what_vllm_lacks_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{"admin": True}, {"host_bytes": 1}, {"prefix_dtype": "int8"}, {"timeout": 5.0}],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_vllm_lacks_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
     serve.refuse_what_vllm_lacks(settings())
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: not with --engine vllm"):
-        serve.refuse_what_vllm_lacks(settings(**{name: 1}))
+    with pytest.raises(ValueError, match=f"--{next(iter(given)).replace('_', '-')}: not with --engine vllm"):
+        serve.refuse_what_vllm_lacks(settings(**given, api_key="key", prompts_folder=tmp_path))
 
 
 def test_adapters_are_compiled_first(tmp_path: Path) -> None:
@@ -190,7 +175,7 @@ def test_adapters_are_compiled_first(tmp_path: Path) -> None:
     model.add_prompt("a", make_prompt(base))
     model.save_prompt("a", tmp_path / "all" / "adapter")
     model.compile_prompt("a").save_pretrained(tmp_path / "all" / "prefix")
-    found = serve.adapters_of(settings(prompts_folder=tmp_path / "all", prompts={"also": tmp_path / "all" / "prefix"}))
+    found = settings(prompts_folder=tmp_path / "all", prompts={"also": tmp_path / "all" / "prefix"}).adapters
     assert list(found) == ["adapter", "prefix", "also"]
     made = serve.compile_adapters(found, str(tmp_path / "base"), "float32", tmp_path / "made")
     assert made["prefix"] == made["also"] == str(tmp_path / "all" / "prefix")

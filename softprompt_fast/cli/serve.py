@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -84,7 +85,10 @@ def serve(
         int | None,
         typer.Option(help="Tokens of a row, virtual ones included; the base's positions.", rich_help_panel=LIMITS),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take.", rich_help_panel=LIMITS)] = 600.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds a request may take; 600 unless told otherwise.", rich_help_panel=LIMITS),
+    ] = None,
     grace: Annotated[
         float, typer.Option(help="Seconds for running requests at the end.", rich_help_panel=LIMITS)
     ] = 30.0,
@@ -121,6 +125,11 @@ def serve(
         except SettingsError as error:
             raise typer.BadParameter(str(error)) from None
         if settings.engine == "vllm":
+            from softprompt_fast.demo import assets
+
+            if settings.model == assets.DEMO_MODEL:  # which only this package knows
+                folder = assets.demo_model_dir(run.say)
+                settings = replace(settings, model=str(folder), served_model_name=settings.base_name)
             importlib.import_module("softprompt_fast.integrations.vllm.serve").run(settings)
         else:
             from softprompt_fast.serving import embedded

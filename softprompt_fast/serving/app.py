@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt_fast._version import __version__
@@ -34,7 +35,14 @@ from softprompt_fast.serving.protocol import (
     parse,
     usage,
 )
-from softprompt_fast.serving.requests import Chunk, EngineClosedError, QueueFullError, RequestError, Stream
+from softprompt_fast.serving.requests import (
+    Chunk,
+    EngineClosedError,
+    QueueFullError,
+    RequestError,
+    Stream,
+    UnknownPromptError,
+)
 from softprompt_fast.serving.settings import why_no_name
 
 #: Bytes of a request's body at most.
@@ -128,6 +136,8 @@ def create_app(
             name = parse(PromptRequest, await _body(request)).name
             if (why := why_no_name(name)) is not None:
                 raise ApiError(400, f"name: {why}", "invalid_value", "name")
+            if name == base_name:
+                raise ApiError(400, f"name: {name!r} is what the base is called", "invalid_value", "name")
             # Looked up in the listing, never joined to a path.
             if (folder := known().get(name)) is None:
                 raise ApiError(404, f"there is no prompt {name!r} in the server's folder", "prompt_not_found", "name")
@@ -274,6 +284,8 @@ class _Server:
             chunks = _merged(streams)
             # Errors of the start are answers of their own.
             first = await _while_connected(http, asyncio.ensure_future(anext(chunks)))
+            if first[1] is None:
+                _check_ends([streams[first[0]]])
         except BaseException as error:
             for stream in streams:
                 stream.cancel()
@@ -331,7 +343,8 @@ class _Answer:
                 text = "" if chunk is None else chunk.text
                 choice: dict[str, Any] = {"index": i, "finish_reason": reason}
                 choice["logprobs"] = None if chunk is None else self._logprobs([chunk], shown[i])
-                shown[i] += len(text)
+                if chunk is not None and chunk.token is not None and chunk.logprobs is not None:
+                    shown[i] += len(self._server.token_text(chunk.token))
                 if self._chat:
                     choice["delta"] = ({} if i in begun else {"role": "assistant"}) | (
                         {"content": text} if text or i not in begun else {}
@@ -406,8 +419,9 @@ async def _chained(first: _T, rest: AsyncIterator[_T]) -> AsyncIterator[_T]:
         yield item
 
 
-class _ClientGoneError(Exception):
-    pass
+class _ClientGoneError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(499, "the client has left")
 
 
 async def _while_connected(http: Request, work: asyncio.Future[_T]) -> _T:
@@ -453,6 +467,8 @@ async def _body(request: Request) -> bytes:
         raise too_long
     try:
         return await asyncio.wait_for(read(), BODY_TIMEOUT)
+    except ClientDisconnect:
+        raise _ClientGoneError from None
     except (TimeoutError, asyncio.TimeoutError):
         raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT:.0f} seconds", "timeout") from None
 
@@ -462,6 +478,8 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
+    if isinstance(error, UnknownPromptError):  # removed since its name was looked up
+        return ApiError(404, message, "model_not_found", "model")
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if message.startswith("the model has room") else "invalid_value"
         return ApiError(400, message, code, error.parameter)
@@ -471,14 +489,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(503, message, "shutting_down")
     if isinstance(error, BankFullError):
         return ApiError(503, message, "prompt_bank_full", retry_after=1)
-    if isinstance(error, KeyError):  # removed since its name was looked up
-        return ApiError(404, str(error.args[0]) if error.args else message, "model_not_found", "model")
     if isinstance(error, (SoftPromptError, OSError)):
         return ApiError(500, f"the prompt can't be used: {message}", "prompt_unavailable", "model")
-    if isinstance(error, (ValueError, TypeError, IndexError)):
-        return ApiError(400, message, "invalid_value")
-    if isinstance(error, _ClientGoneError):
-        return ApiError(499, "the client has left")
     return ApiError(500, f"{type(error).__name__}: {message}", "internal_error")
 
 

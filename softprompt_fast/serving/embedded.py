@@ -19,7 +19,7 @@ from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.serving.app import create_app
 from softprompt_fast.serving.engine import Engine
 from softprompt_fast.serving.requests import Request, Sampling
-from softprompt_fast.serving.settings import ServeSettings, SettingsError
+from softprompt_fast.serving.settings import TIMEOUT, ServeSettings, SettingsError
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -82,7 +82,7 @@ def load_engine(settings: ServeSettings, say: Callable[[str], None] = assets.to_
         max_waiting=settings.max_waiting,
         max_prefill_tokens=settings.max_prefill_tokens,
         max_model_len=settings.max_model_len,
-        timeout=settings.timeout,
+        timeout=TIMEOUT if settings.timeout is None else settings.timeout,
     )
     # The first pass packs weights, which takes seconds.
     engine.submit(Request([0], sampling=Sampling(max_tokens=2, ignore_eos=True))).result()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from softprompt_fast.bank import Held
 from softprompt_fast.cache import OwnTokenCache
-from softprompt_fast.errors import BankFullError
+from softprompt_fast.errors import BankFullError, SoftPromptError
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.serving.batch import BatchCache
@@ -28,6 +29,7 @@ from softprompt_fast.serving.requests import (
     Request,
     RequestError,
     Stream,
+    UnknownPromptError,
     wake_listeners,
 )
 from softprompt_fast.serving.sampler import Choice, RowSampler, choose
@@ -37,9 +39,8 @@ logger = logging.getLogger("softprompt_fast")
 
 #: Threads that load and compile prompts, beside the one that runs the model.
 _LOADERS = 4
-#: Seconds after which a request whose prompt found no room in the bank asks again, should nobody tell.
-_RETRY = 0.05
-#: Seconds after which it fails where no request here holds anything that could make room.
+#: Seconds after which a request whose prompt found no room in the bank fails, where no request here holds anything
+#: that could make some.
 _GIVE_UP = 2.0
 
 
@@ -48,10 +49,12 @@ class _Row:
 
     def __init__(self, request: Request, stream: Stream, deadline: float | None) -> None:
         self.request, self.stream, self.deadline = request, stream, deadline
-        self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready"
+        self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready" or "failed"
+        self.refused = False  # whether the bank had no room for its prompt yet
         self.held: Held | None = None  # its prompt in the bank
         self.left = 0  # new tokens that it may still have
         self.last = 0  # the newest token
+        self.ends: frozenset[int] = frozenset()  # tokens that end it
         self.sampler: RowSampler | None = None
         self.text: TextStream | None = None
 
@@ -130,12 +133,14 @@ class Engine:
         # Of the engine's thread alone:
         self._running: list[_Row] = []
         self._cache = BatchCache(self._num_layers, max_batch)
-        self._prefilling: tuple[_Row, OwnTokenCache] | None = None
+        self._prefilling: list[_Row] = []  # the rows of a prefill, several or one that is prefilled in pieces
+        self._prefilled: OwnTokenCache | None = None  # their own tokens so far
         self._touched: list[Stream] = []
         self._unsettled = False
-        self._bank_full = False
-        self._retry_at = 0.0
+        self._rooms = 0  # how often the bank said that there may be room
+        self._stuck_since: float | None = None  # there is none, and nothing here will change that
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="softprompt-fast-load")
+        self._bank.listeners.add(self._room)
         self._thread = threading.Thread(target=self._run, name="softprompt-fast-engine", daemon=True)
         self._thread.start()
 
@@ -173,7 +178,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Rows that decode now or are being prefilled."""
-        return len(self._running) + (self._prefilling is not None)
+        return len(self._running) + len(self._prefilling)
 
     @property
     def draining(self) -> bool:
@@ -209,7 +214,7 @@ class Engine:
             self._changed.notify()
         if threading.current_thread() is self._thread:
             raise RuntimeError("drain: called from the engine's own thread")
-        self._thread.join(timeout)
+        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         if not self._thread.is_alive():
             return True
         with self._changed:
@@ -233,6 +238,8 @@ class Engine:
         ids, sampling = request.input_ids, request.sampling
         if not len(ids) and request.prompt is None:
             raise RequestError("input_ids: expected at least one token where there is no soft prompt", "prompt")
+        if request.task is not None and request.prompt is None:
+            raise RequestError("task: a request without a soft prompt has none", "task")
         for name, tokens in (
             ("prompt", ids),
             ("logit_bias", sampling.logit_bias),
@@ -273,18 +280,20 @@ class Engine:
         Only as many as can run next, so that waiting requests don't take the bank from running ones. Once one finds no
         room, those behind it wait as well: else it might wait forever.
         """
+        full = False
         for row in islice(self._waiting, self.max_batch):
             if row.stage == "new" and row.request.prompt is None:
                 row.stage = "ready"
-            elif row.stage == "new" and not self._bank_full:
+            elif row.stage == "new" and not full:
                 row.stage = "loading"
                 self._loaders.submit(self._hold, row)
+            full = full or (row.refused and row.stage in ("loading", "full"))
 
     def _hold(self, row: _Row) -> None:
         error: Exception | None = None
-        assert row.request.prompt is not None
+        rooms = self._rooms
         try:
-            held = self._bank.hold(row.request.prompt, row.request.task)
+            held = self._held(row.request)
         except Exception as failure:
             held, error = None, failure
         with self._changed:
@@ -294,27 +303,64 @@ class Engine:
             elif held is not None:
                 row.held, row.stage, row.stream.error = held, "ready", None
             elif isinstance(error, BankFullError):
-                row.stream.error, row.stage, self._bank_full = error, "full", True
+                # Once more where something was released since it looked.
+                row.stream.error, row.refused = error, True
+                row.stage = "full" if rooms == self._rooms else "new"
             else:
                 row.stream.error, row.stage = error, "failed"
             self._news = True
             self._changed.notify()
 
+    def _held(self, request: Request) -> Held:
+        name = request.prompt
+        assert name is not None
+        try:
+            try:
+                if self._bank.check_task(name, request.task) is None and request.task is not None:
+                    raise RequestError(f"task: prompt {name!r} has no tasks", "task")
+            except SoftPromptError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise RequestError(str(error), "task") from None
+            return self._bank.hold(name, request.task)
+        except KeyError as error:
+            if name in self._bank:
+                raise
+            raise UnknownPromptError(error.args[0], "model") from None
+
+    def _room(self) -> None:
+        """The bank may have room for a prompt that found none; from any thread."""
+        with self._changed:
+            self._rooms += 1
+            self._stuck_since = None
+            for row in self._full_rows():
+                row.stage, self._news = "new", True
+            self._changed.notify()
+
+    def _full_rows(self) -> list[_Row]:
+        return [row for row in islice(self._waiting, self.max_batch) if row.stage == "full"]
+
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                try:
-                    self._sweep()
-                    self._prefill()
-                    self._decode()
-                except Exception as error:  # what a step itself raises is dealt with there
-                    self._reset(error)
-                self._publish()
-        self._sweep()
-        self._publish()
-        self._loaders.shutdown(wait=False)
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    try:
+                        self._sweep()
+                        self._prefill()
+                        self._decode()
+                    except Exception as error:  # what a step itself raises is dealt with there
+                        self._reset(error)
+                    self._publish()
+        finally:  # whatever happened: nobody may wait for a thread that has ended
+            with self._changed:
+                self._closing = self._stopped = True
+            self._bank.listeners.discard(self._room)
+            for row in self._take_all():
+                self._end(row, "cancelled")
+            self._publish()
+            self._loaders.shutdown(wait=False)
 
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""
@@ -325,12 +371,11 @@ class Engine:
                 if self._running or self._prefilling or self._news:
                     self._news = False
                     return True
-                deadlines = [row.deadline for row in self._waiting if row.deadline is not None]
-                pause = min(deadlines, default=None)
-                pause = None if pause is None else max(0.0, pause - time.monotonic())
-                if self._bank_full:
-                    pause = _RETRY if pause is None else min(pause, _RETRY)
-                if not self._changed.wait(pause):
+                moments = [row.deadline for row in self._waiting if row.deadline is not None]
+                if self._stuck_since is not None and self._full_rows():
+                    moments.append(self._stuck_since + _GIVE_UP)
+                pause = min(moments, default=math.inf) - time.monotonic()
+                if not self._changed.wait(min(max(0.0, pause), threading.TIMEOUT_MAX)):
                     return True
 
     def _sweep(self) -> None:
@@ -342,30 +387,38 @@ class Engine:
         with self._changed:
             if gone:
                 self._waiting = deque(row for row in self._waiting if row not in gone)
-            if self._bank_full and now >= self._retry_at:
-                self._bank_full, self._retry_at = False, now + _RETRY
-                holders = self._running or self._prefilling or any(row.held for row in self._waiting)
-                for row in self._waiting:
-                    if row.stage == "full" and not holders and now >= row.stream.submitted + _GIVE_UP:
-                        row.stage = "failed"
-                        self._news = True  # to end it in the next round
-                    elif row.stage == "full":
-                        row.stage = "new"
+            self._give_up(now)
             self._start_holds()
         for row in [row for row in self._running if self._why_over(row, now)]:
             self._leave(row, self._why_over(row, now))
-        if self._prefilling is not None and (why := self._why_over(self._prefilling[0], now)):
-            self._end(self._prefilling[0], why)
-            self._prefilling = None
+        for row in self._prefilling:
+            if why := self._why_over(row, now):
+                self._end(row, why)
+                self._prefilling = []
+
+    def _give_up(self, now: float) -> None:
+        """Fail the requests that find no room in the bank, once nobody here will make some; called with the lock."""
+        holders = self._running or self._prefilling or any(row.held is not None for row in self._waiting)
+        full = self._full_rows()
+        if holders or not self._waiting:
+            self._stuck_since = None
+        elif full and self._stuck_since is None:
+            self._stuck_since = now
+        elif full and self._stuck_since is not None and now >= self._stuck_since + _GIVE_UP:
+            for row in full:
+                row.stage, self._news = "failed", True  # they end in the next round
 
     def _reset(self, error: Exception) -> None:
         """Fail everything: what the rows' state is can't be known."""
+        self._fail(self._take_all(), error)
+
+    def _take_all(self) -> list[_Row]:
         with self._changed:
-            rows = [*self._running, *self._waiting, *(self._prefilling or ())[:1]]
+            rows = [*self._running, *self._waiting, *self._prefilling]
             self._waiting.clear()
-        self._running, self._prefilling = [], None
+        self._running, self._prefilling = [], []
         self._cache = BatchCache(self._num_layers, self.max_batch)
-        self._fail(rows, error)
+        return rows
 
     def _why_over(self, row: _Row, now: float) -> str | None:
         if row.stage == "failed":
@@ -376,13 +429,13 @@ class Engine:
 
     # ---- prefill
 
-    def _admit(self) -> list[_Row]:
-        """The rows to prefill next: in order of arrival, those whose prompts are held, while they fit."""
+    def _admit(self) -> None:
+        """Choose the rows to prefill next: in order of arrival, those whose prompts are held, while they fit."""
         free = self.max_batch - len(self._running)
         chosen: list[_Row] = []
         width = 0
         with self._changed:
-            for row in list(self._waiting):
+            for row in self._waiting:
                 if row.stage != "ready":
                     continue
                 width = max(width, len(row.request.input_ids), 1)
@@ -391,8 +444,9 @@ class Engine:
                 chosen.append(row)
             for row in chosen:
                 self._waiting.remove(row)
+            self._prefilling = chosen
             self._start_holds()
-        return [row for row in chosen if self._begin(row)]
+        self._prefilling = [row for row in chosen if self._begin(row)]
 
     def _begin(self, row: _Row) -> bool:
         request = row.request
@@ -404,6 +458,9 @@ class Engine:
                     "token; give at least one, e.g. the BOS token",
                     "prompt",
                 )
+            row.ends = frozenset(request.sampling.stop_token_ids)
+            if not request.sampling.ignore_eos:
+                row.ends |= self._eos
             row.sampler = RowSampler(request.sampling, request.input_ids, self._vocab_size, self.model.device)
             if self._decode_text is not None:
                 row.text = TextStream(self._decode_text, request.input_ids, request.sampling.stop)
@@ -413,48 +470,34 @@ class Engine:
         return True
 
     def _prefill(self) -> None:
-        """One prefill, of at most ``max_prefill_tokens``."""
-        if self._prefilling is None:
-            rows = self._admit()
-            if not rows:
+        """One prefill, of at most ``max_prefill_tokens``; of a longer row a piece."""
+        if not self._prefilling:
+            self._admit()
+            if not self._prefilling:
                 return
-            if len(rows[0].request.input_ids) > self.max_prefill_tokens:
-                # Alone: rows of a padded batch would begin in different pieces.
-                (row,) = rows
-                self._prefilling = row, OwnTokenCache(self._num_layers, reserve=len(row.request.input_ids))
-            else:
-                self._prefill_rows(rows)
-        if self._prefilling is not None:
-            self._prefill_piece(*self._prefilling)
-
-    def _prefill_rows(self, rows: list[_Row]) -> None:
+            longest = max(len(row.request.input_ids) for row in self._prefilling)
+            self._prefilled = OwnTokenCache(self._num_layers, reserve=max(1, longest))
+        rows, cache = self._prefilling, self._prefilled
+        assert cache is not None
         lengths = [len(row.request.input_ids) for row in rows]
-        width = max(1, *lengths)
+        width, done = max(1, *lengths), cache.get_seq_length()
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            if lengths[i]:
-                ids[i, width - lengths[i] :] = torch.tensor(row.request.input_ids)
+        for own, row in zip(ids, rows, strict=True):
+            given = row.request.input_ids
+            own[width - len(given) :] = torch.tensor(given, dtype=torch.long)
         starts = None
-        if any(length < width for length in lengths):
+        if min(lengths) < width:
             starts = torch.tensor([width - length for length in lengths], dtype=torch.int32, device=self.model.device)
-        cache = OwnTokenCache(self._num_layers, reserve=width)
         try:
-            logits = self._forward(ids, rows, cache, starts)
-            self._join(rows, cache, logits, lengths)
+            # Several rows are one piece, or they would begin in different ones.
+            logits = self._forward(ids[:, done : done + self.max_prefill_tokens], rows, cache, starts)
         except Exception as error:
+            self._prefilling = []
             self._fail(rows, error)
-
-    def _prefill_piece(self, row: _Row, cache: OwnTokenCache) -> None:
-        done, ids = cache.get_seq_length(), row.request.input_ids
-        piece = torch.tensor([ids[done : done + self.max_prefill_tokens]])
-        try:
-            logits = self._forward(piece, [row], cache, None)
-            if cache.get_seq_length() == len(ids):
-                self._prefilling = None
-                self._join([row], cache, logits, [len(ids)])
-        except Exception as error:
-            self._prefilling = None
-            self._fail([row], error)
+            return
+        if cache.get_seq_length() == width:
+            # What fails from here on may leave the running rows' cache half changed, and fails them as well.
+            self._join(rows, cache, logits, lengths)
 
     def _forward(self, ids: Tensor, rows: Sequence[_Row], cache: OwnTokenCache, starts: Tensor | None) -> Tensor:
         """Logits ``[B, V]`` of the last column."""
@@ -475,8 +518,10 @@ class Engine:
         going = [i for i, row in enumerate(rows) if row in alive]
         if going:
             self._cache.join(cache, going, [lengths[i] for i in going])
-            self._running += [rows[i] for i in going]
             self._unsettled = True
+        with self._changed:  # or a row would count twice
+            self._running += [rows[i] for i in going]
+            self._prefilling, self._prefilled = [], None
 
     # ---- decode
 
@@ -511,7 +556,12 @@ class Engine:
         samplers = [row.sampler for row in rows if row.sampler is not None]
         going = set()
         for row, choice in zip(rows, choose(logits, samplers), strict=True):
-            if (reason := self._accept(row, choice)) is None:
+            try:
+                reason = self._accept(row, choice)
+            except Exception as error:  # of the tokenizer, say: no matter of the other rows
+                logger.exception("a token was not accepted")
+                row.stream.error, reason = error, "error"
+            if reason is None:
                 going.add(row)
             else:
                 self._end(row, reason)
@@ -519,7 +569,7 @@ class Engine:
 
     def _accept(self, row: _Row, choice: Choice) -> str | None:
         """Take a row's next token; the reason why it ends, None where it goes on."""
-        stream, sampling, token = row.stream, row.request.sampling, choice.token
+        stream, token = row.stream, choice.token
         if token is None:
             stream.error = FloatingPointError("the model's logits are not finite (NaN or infinite)")
             return "error"
@@ -527,7 +577,7 @@ class Engine:
             stream.first_token = time.monotonic()
         stream.num_tokens += 1
         row.last, row.left = token, row.left - 1
-        if (not sampling.ignore_eos and token in self._eos) or token in sampling.stop_token_ids:
+        if token in row.ends:
             stream.stopped_by = token
             self._put(row, Chunk(token, "", choice.logprobs))
             return "stop"
@@ -560,8 +610,11 @@ class Engine:
 
     def _end(self, row: _Row, reason: str) -> bool:
         stream = row.stream
-        if row.text is not None and (rest := row.text.finish()):
-            self._put(row, Chunk(None, rest))
+        try:
+            if row.text is not None and reason != "error" and (rest := row.text.finish()):
+                self._put(row, Chunk(None, rest))
+        except Exception as error:
+            stream.error, reason = error, "error"
         if row.text is not None and row.text.stopped is not None and reason == "length":
             reason, stream.stopped_by = "stop", row.text.stopped
         with self._changed:
@@ -570,7 +623,6 @@ class Engine:
             self._news = True  # who waits may have its place
         if held is not None:
             held.release()
-            self._retry_at = 0.0  # there may be room now
         stream.finished = time.monotonic()
         stream._chunks.put(None)
         self._touched.append(stream)

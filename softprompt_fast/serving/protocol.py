@@ -130,10 +130,9 @@ class _Generation(_Strict):
 
     def _bias(self) -> dict[int, float]:
         biases = self.logit_bias or {}
-        try:
-            return {int(token): bias for token, bias in biases.items()}
-        except ValueError:
-            raise ApiError(400, "logit_bias: expected token ids as keys", "invalid_value", "logit_bias") from None
+        if not all(token.isascii() and token.isdecimal() for token in biases):
+            raise ApiError(400, "logit_bias: expected token ids as keys", "invalid_value", "logit_bias")
+        return {int(token): bias for token, bias in biases.items()}
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
@@ -231,8 +230,9 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # Of a union the kinds that it might have been are named too: the field alone says enough.
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        # Each kind of a union has errors of its own: those of the kind that was meant lie deepest.
+        first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
         where = str(first["loc"][0]) if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ")
         code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
@@ -240,8 +240,9 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
 
 
 def event(document: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event. In ASCII: a line or paragraph separator of Unicode in a text ends a line for some
+    clients."""
+    return f"data: {json.dumps(document, separators=(',', ':'))}\n\n"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -265,15 +266,19 @@ def completion_logprobs(
     Args:
         offset: characters of the text before the first token.
     """
-    offsets = []
-    for token, _, _ in entries:
+    offsets: list[int] = []
+    likeliest: list[dict[str, float]] = []
+    for token, _, top in entries:
+        likeliest.append({})
+        for text, value in top:  # the first of several that read alike, as parts of characters do
+            likeliest[-1].setdefault(text, max(value, LEAST_LOGPROB))
         offsets.append(offset)
         offset += len(token)
     return {
         "text_offset": offsets,
         "tokens": [token for token, _, _ in entries],
         "token_logprobs": [max(logprob, LEAST_LOGPROB) for _, logprob, _ in entries],
-        "top_logprobs": [{t: max(value, LEAST_LOGPROB) for t, value in top} for _, _, top in entries],
+        "top_logprobs": likeliest,
     }
 
 
@@ -281,7 +286,9 @@ def chat_logprobs(entries: Sequence[tuple[str, float, Sequence[tuple[str, float]
     """The same as chat has it."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(token.encode())}
+        # A part of a character has bytes that its text no longer shows.
+        known = None if "\ufffd" in token else list(token.encode())
+        return {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
     content = [entry(token, value) | {"top_logprobs": [entry(*pair) for pair in top]} for token, value, top in entries]
     return {"content": content}

@@ -25,6 +25,12 @@ class RequestError(SoftPromptError):
         self.parameter = parameter
 
 
+class UnknownPromptError(RequestError, KeyError):
+    """A request for a prompt that there is not, or no longer."""
+
+    __str__ = ValueError.__str__
+
+
 class QueueFullError(SoftPromptError):
     """As many requests wait as may; try again later."""
 
@@ -83,22 +89,27 @@ class Sampling:
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, 100.0),
+            ("repetition_penalty", 0.01, 100.0),
             ("logprobs", 0, MAX_LOGPROBS),
         ):
             value = getattr(self, name)
-            above = value is None or (value > low if name in ("top_p", "repetition_penalty") else value >= low)
-            if not (above and (value is None or value <= high)):
+            if value is not None and not (low <= value <= high and (value > 0 or name != "top_p")):
                 expected = f"{low} to {high}" if high < math.inf else f"at least {low}"
                 raise RequestError(f"{name}: expected {expected}, found {value}", name)
-        if not all(self.stop):
-            raise RequestError("stop: expected strings of at least one character", "stop")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise RequestError("logit_bias: expected finite numbers", "logit_bias")
+        if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
+            raise RequestError(
+                f"stop: expected at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
+            )
+        if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
+            raise RequestError(f"logit_bias: expected numbers from {-MAX_BIAS} to {MAX_BIAS}", "logit_bias")
 
 
 #: Alternatives a token whose log-probabilities may be asked for.
 MAX_LOGPROBS = 20
+#: Stop strings, and characters of each, at most: every row's are looked for at every step, between two of the model.
+MAX_STOPS, MAX_STOP_LENGTH = 64, 256
+#: OpenAI's bound: enough to rule a token out, or all others.
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)

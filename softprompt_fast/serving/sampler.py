@@ -33,7 +33,8 @@ class RowSampler:
     ) -> None:
         self.sampling = sampling
         # One uniform number a token is all that is drawn.
-        self._random = random.Random(sampling.seed)
+        # As a string: of an integer it takes the absolute value, and -1 would draw as 1 does.
+        self._random = random.Random(None if sampling.seed is None else str(sampling.seed))
         self._counts: Tensor | None = None  # of new tokens, float32 [V]
         self._seen: Tensor | None = None  # given or new, bool [V]
         self._bias: tuple[Tensor, Tensor] | None = None
@@ -125,7 +126,9 @@ def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     tokens = [0] * len(rows)
     for width, places in groups.items():
         group = [rows[i] for i in places]
-        scaled = logits[places] / _column([row.sampling.temperature for row in group], logits)
+        shifted = logits[places] - logits[places].amax(-1, keepdim=True)  # a low temperature overflows nothing so
+        temperatures = _column([row.sampling.temperature for row in group], logits)
+        scaled = shifted / temperatures.clamp_(min=torch.finfo(logits.dtype).tiny)
         drawn = _draw_sorted(scaled, group, width) if width else _draw_unsorted(scaled, group)
         for i, token in zip(places, drawn, strict=True):
             tokens[i] = token
@@ -161,8 +164,10 @@ def _draw_unsorted(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     while left:
         places = _invert(probabilities, [rows[i] for i in left])
         more_probable = probabilities * (probabilities > probabilities.gather(1, places))
-        # top_p of 1 keeps all, however the sum is rounded; nothing before: the most probable one.
-        taken = (top_p >= 1) | (more_probable.sum(-1, keepdim=True) < top_p)
+        # top_p of 1 keeps all, however the sum is rounded; nothing before: the most probable one, even where top_p is
+        # so small that it is 0 here.
+        before = more_probable.sum(-1, keepdim=True)
+        taken = (top_p >= 1) | (before < top_p) | (before == 0)
         again = []
         for j, (token, is_taken) in enumerate(zip(places.squeeze(1).tolist(), taken.squeeze(1).tolist(), strict=True)):
             tokens[left[j]] = token

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ PREFIX_DTYPES = ("int8", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", "float16")
 #: Characters of a prompt's name at most.
 NAME_LENGTH = 256
+#: Seconds that a request may take where nothing is said.
+TIMEOUT = 600.0
 
 
 class SettingsError(ValueError):
@@ -39,7 +42,8 @@ class ServeSettings:
         max_waiting: requests that wait for a place at most; one more is refused with 429.
         max_prefill_tokens: own tokens of new requests a step at most, so that running rows are not held up.
         max_model_len: virtual, own and new tokens of a row at most; None: the base's positions.
-        timeout: seconds that a request may take, waiting included.
+        timeout: seconds that a request may take, waiting included; None: :data:`TIMEOUT`, and with vLLM, which has
+            no limit of that kind, as long as it takes.
         grace: seconds that running requests get to end once the server is told to stop.
         device_bytes, host_bytes: budgets of the prompt bank; None for no bound.
         prefix_dtype: "int8" or "float8_e4m3fn" to keep prefixes in 8 bits; None for the base's dtype.
@@ -63,7 +67,7 @@ class ServeSettings:
     max_waiting: int = 256
     max_prefill_tokens: int = 512
     max_model_len: int | None = None
-    timeout: float = 600.0
+    timeout: float | None = None
     grace: float = 30.0
     device_bytes: int | None = None
     host_bytes: int | None = None
@@ -86,14 +90,15 @@ class ServeSettings:
             ("--max-model-len", self.max_model_len, 1),
             ("--device-bytes", self.device_bytes, 1),
             ("--host-bytes", self.host_bytes, 1),
-            ("--grace", self.grace, 0),
         ):
             if number is not None and number < least:
                 raise SettingsError(f"{option}: expected at least {least}, found {number}")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"--port: expected 0 to 65535, found {self.port}")
-        if not self.timeout > 0:
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise SettingsError(f"--timeout: expected more than 0 seconds, found {self.timeout}")
+        if not 0 <= self.grace < math.inf:
+            raise SettingsError(f"--grace: expected a number of seconds from 0, found {self.grace}")
         key = self.api_key
         if key is not None and not (key and key.isascii() and _printable(key)):
             raise SettingsError("--api-key: expected printable ASCII characters, and at least one")

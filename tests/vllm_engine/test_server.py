@@ -27,37 +27,25 @@ KEY = "a-key"
 #: What `serve.run` takes, as the command line makes it.
 START = """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from softprompt_fast.integrations.vllm import serve
-
-@dataclass
-class Settings:
-    model: str
-    prompts_folder: Path
-    port: int
-    prompts: Any = None
-    host: str = "127.0.0.1"
-    api_key: Any = "a-key"
-    dtype: str = "float32"
-    served_model_name: Any = "tiny"
-    base_name: str = "tiny"
-    chat_template: Any = None
-    max_batch: int = 32
-    max_waiting: int = 64
-    max_prefill_tokens: int = 2048
-    max_model_len: Any = 768
-    timeout: float = 600.0
-    grace: float = 5.0
-    device_bytes: Any = None
-    host_bytes: Any = None
-    prefix_dtype: Any = None
-    admin: bool = False
+from softprompt_fast.serving.settings import ServeSettings
 
 if __name__ == "__main__":
     model, folder, port = sys.argv[1:]
-    serve.run(Settings(model, Path(folder), int(port), {}), extra_args=["--enforce-eager"])
+    settings = ServeSettings(
+        model,
+        prompts_folder=Path(folder),
+        port=int(port),
+        api_key="a-key",
+        engine="vllm",
+        served_model_name="tiny",
+        max_waiting=64,
+        max_prefill_tokens=2048,
+        max_model_len=768,
+        grace=5,
+    )
+    serve.run(settings, extra_args=["--enforce-eager"])
 """
 
 

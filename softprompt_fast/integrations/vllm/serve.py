@@ -26,7 +26,7 @@ def run(settings: Any, extra_args: Sequence[str] = ()) -> None:
     that the base's weights are gone again when vLLM takes its memory.
 
     Args:
-        settings: a ``serving.settings.ServeSettings``; ``model`` is a folder or a hub name.
+        settings: a ``serving.settings.ServeSettings``; ``model`` is a folder or a hub name, and not "demo".
         extra_args: further options of ``vllm serve``.
 
     Raises:
@@ -37,7 +37,7 @@ def run(settings: Any, extra_args: Sequence[str] = ()) -> None:
     if settings.api_key is not None:
         os.environ["VLLM_API_KEY"] = settings.api_key  # options are logged
     with tempfile.TemporaryDirectory(prefix="softprompt-fast-") as folder:
-        prompts = compile_adapters(adapters_of(settings), settings.model, settings.dtype, Path(folder))
+        prompts = compile_adapters(settings.adapters, settings.model, settings.dtype, Path(folder))
         from softprompt_fast.integrations.vllm import _internals
 
         _internals.run_server([*options(settings, prompts), *extra_args])
@@ -52,21 +52,10 @@ def refuse_what_vllm_lacks(settings: Any) -> None:
         ("admin", "prompts of the folder are served as soon as they are saved there, and not once they are removed"),
         ("host_bytes", "prefixes are memory-mapped files, and blocks of vLLM's cache (--device-bytes)"),
         ("prefix_dtype", "vLLM keeps prefixes in its cache, in the cache's dtype"),
+        ("timeout", "its server has no limit on the time that a request takes; a proxy in front of it may"),
     ):
         if getattr(settings, name):
             raise ValueError(f"--{name.replace('_', '-')}: not with --engine vllm: {why}")
-
-
-def adapters_of(settings: Any) -> dict[str, Path]:
-    """Every prompt's directory now: those given by name, and the visible subfolders of the folder."""
-    found: dict[str, Path] = {}
-    if settings.prompts_folder is not None:
-        found = {
-            entry.name: entry
-            for entry in sorted(Path(settings.prompts_folder).iterdir())
-            if entry.is_dir() and not entry.name.startswith(".")
-        }
-    return found | {name: Path(directory) for name, directory in settings.prompts.items()}
 
 
 def compile_adapters(adapters: Mapping[str, Path], model: str, dtype: str, folder: Path) -> dict[str, str]:
