@@ -364,7 +364,7 @@ def one_place() -> SoftPromptModel:
 
 def refusals(bank: PromptBank, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """Counts how often there was no room."""
-    refused, place = threading.Semaphore(0), bank._place
+    refused, place = threading.Semaphore(0), bank._tiers._place
 
     def watched(*args: Any) -> None:
         try:
@@ -373,7 +373,7 @@ def refusals(bank: PromptBank, monkeypatch: pytest.MonkeyPatch) -> threading.Sem
             refused.release()
             raise
 
-    monkeypatch.setattr(bank, "_place", watched)
+    monkeypatch.setattr(bank._tiers, "_place", watched)
     return refused
 
 
