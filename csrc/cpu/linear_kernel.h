@@ -32,11 +32,12 @@ inline void multiply_panel(int64_t rows, int64_t depth, const float* x, int64_t 
   constexpr int kVectors = 2;
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
     const int64_t some = min64(kDepthBlock, depth - k);
-    const char* next =
-        (const char*)(panel + (k + some) * kPanel);  // the next panel follows at once
+    // The next panel follows at once.
+    const Next next = {(const char*)(panel + (k + some) * kPanel),
+                       some * kPanel * (int64_t)sizeof(*panel) / 64};
     for (int64_t v = 0; v < kPanel; v += kVectors * W) {
       tile_column<kVectors, Storage>(rows, some, x + k, x_row, 1, panel + k * kPanel + v, kPanel,
-                                     c + v, c_row, keep || k > 0, nullptr, v == 0 ? next : nullptr);
+                                     c + v, c_row, keep || k > 0, nullptr, v == 0 ? next : Next{});
     }
   }
 }
@@ -214,17 +215,29 @@ inline void qkv_linear(const QkvLinear& op, int64_t head, int64_t row, int64_t r
   const PackedWeights& w = op.linear.weights;
   const int64_t column = w.first_column[head], columns = w.first_column[head + 1] - column;
   const int64_t panels = w.first_panel[head + 1] - w.first_panel[head], c_row = panels * kPanel;
+  const bool is_query = head < op.q_heads, is_value = head >= op.q_heads + op.kv_heads;
+  const Tensor& to = is_query ? op.query : is_value ? op.value : op.key;
+  const int64_t place = is_query   ? head
+                        : is_value ? head - op.q_heads - op.kv_heads
+                                   : head - op.q_heads;
+  const auto target = [&](int64_t r) {
+    const int64_t batch = (row + r) / op.queries, query = (row + r) % op.queries;
+    return to.at(batch * to.stride[0] + place * to.stride[1] + query * to.stride[2]);
+  };
+  if (!is_query && to.stride[3] == 1) {
+    // A cache is written where nobody read before: its lines come while the product is made.
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* line = (const char*)target(r);
+      const char* end = line + columns * size_of(to.dtype);
+      for (; line < end; line += 64) __builtin_prefetch(line, 1, 2);
+    }
+  }
   for (int64_t panel = 0; panel < panels; ++panel) {
     multiply_panel(op.linear, w.first_panel[head] + panel, row, rows, scratch + panel * kPanel,
                    c_row, false);
   }
   if (op.linear.bias) add_bias(op.linear.bias + column, columns, rows, scratch, c_row);
-  const bool is_query = head < op.q_heads, is_value = head >= op.q_heads + op.kv_heads;
-  const Tensor& to = is_query ? op.query : is_value ? op.value : op.key;
   const Norm& norm = is_query ? op.q_norm : op.k_norm;
-  const int64_t place = is_query   ? head
-                        : is_value ? head - op.q_heads - op.kv_heads
-                                   : head - op.q_heads;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t batch = (row + r) / op.queries, query = (row + r) % op.queries;
     float* x = scratch + r * c_row;
@@ -235,8 +248,7 @@ inline void qkv_linear(const QkvLinear& op, int64_t head, int64_t row, int64_t r
         rotate(x, op.cos + at, op.sin + at, op.rotated, op.interleaved);
       }
     }
-    write_row(x, columns, to.at(batch * to.stride[0] + place * to.stride[1] + query * to.stride[2]),
-              to.dtype, to.stride[3]);
+    write_row(x, columns, target(r), to.dtype, to.stride[3]);
   }
 }
 

@@ -288,19 +288,19 @@ inline void attend_stacked(const PrefixAttention& op, int64_t first, int64_t las
     if (!seen) continue;
     const int64_t next = begin + kKeyBlock;
     const KeyRun after = next < last ? make_run(next, min64(kKeyBlock, last - next)) : following;
+    const Ahead keys = keys_ahead(op, after), values = values_ahead(op, after);
     int64_t key_row, value_row;
     const float* key =
         as_rows(run.key, run.dtype, run.key_row, run.key_col, run.count, op.head_dim, run.key_scale,
                 run.scale_at, op.scale_block, scratch.key, query_row, &key_row);
     matmul(run.count, lanes, op.head_dim, key, key_row, 1, stack.query, lanes, stack.scores, lanes,
-           false);
-    soften_stack(stack, run.count, op.softcap, masked, keys_ahead(op, after),
-                 values_ahead(op, after));
+           false, nullptr, keys.dense());
+    soften_stack(stack, run.count, op.softcap, masked, keys.scattered(), values.scattered());
     const float* value = as_rows(run.value, run.dtype, run.value_row, run.value_col, run.count,
                                  op.v_dim, run.value_scale, run.scale_at, op.scale_block,
                                  scratch.value, padded(op.v_dim), &value_row);
     matmul(v_columns, lanes, run.count, value, 1, value_row, stack.scores, lanes, stack.state,
-           lanes, true, stack.fade);
+           lanes, true, stack.fade, values.dense());
   }
   lanes_to_rows(stack.state, lanes, rows, v_columns, state + at * state_row, state_row);
   for (int64_t r = 0; r < rows; ++r) {
@@ -470,6 +470,11 @@ inline void prefix_attention(const PrefixAttention& op, int64_t task, float* mem
     const auto make_run = [&](int64_t at, int64_t count) {
       return prefix_run(op, block.kv_head, any, at, count);
     };
+    // Nobody asked for the first of them before.
+    const KeyRun run = make_run(first, min64(kKeyBlock, last - first));
+    const Ahead keys = keys_ahead(op, run), values = values_ahead(op, run);
+    for (int64_t i = 0; i < kKeyBlock; ++i) keys.fetch(i, 0, 1);
+    for (int64_t i = 0; i < kKeyBlock; ++i) values.fetch(i, 0, 1);
     attend(op, block, first, last, 0, block.count, scratch, state, make_run, first_own_run(0));
   }
   for (int64_t begin = 0, end; begin < block.count; begin = end) {

@@ -61,8 +61,7 @@ SOFTPROMPT_FAST_INLINE void lanes_to_rows(const float* from, int64_t lanes, int6
   }
 }
 
-// Keys or values that come next, to be asked for a few lines at a time beside the arithmetic: a
-// burst would fill the core's few slots for outstanding lines, and hold up the loads behind it.
+// Keys or values that come next, to be asked for a few lines at a time: see Next.
 struct Ahead {
   const char* data = nullptr;
   int64_t row = 0, rows = 0, lines = 0;  // row: bytes from one to the next
@@ -74,6 +73,11 @@ struct Ahead {
       __builtin_prefetch(data + i * row + 64 * line, 0, 2);
     }
   }
+
+  bool is_dense() const { return row == 64 * lines; }
+  // All of them, to be asked for beside a product, which lasts longer than a softmax.
+  Next dense() const { return is_dense() ? Next{data, rows * lines} : Next{}; }
+  Ahead scattered() const { return is_dense() ? Ahead{} : *this; }
 };
 
 // Scores become weights; maxima, sums and the factor by which earlier weights fade follow.

@@ -64,22 +64,36 @@ SOFTPROMPT_FAST_INLINE void tile(int64_t depth, const float* a, int64_t a_row, i
   }
 }
 
-// The same for any number of rows. `ahead` (or null) is the memory that B will be next, 2 * depth
-// lines of it: the first two tiles of rows ask for half of them each, or the only one for all, so
-// that their way here takes place beside the arithmetic and not in front of it.
+// Memory that comes next, to be asked for beside the arithmetic: a burst would fill the core's few
+// slots for outstanding lines, and hold up the loads behind it.
+struct Next {
+  const char* data = nullptr;
+  int64_t lines = 0;  // of 64 bytes, one behind the other
+};
+
+// The same for any number of rows. Some of the tiles ask for `next`, evenly spread over all of
+// them, a line at every step of k; two lines where there would be too few steps.
 template <int V, typename Storage>
 void tile_column(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
                  const typename Storage::Element* b, int64_t b_row, float* c, int64_t c_row,
-                 bool keep, const float* fade = nullptr, const char* ahead = nullptr) {
+                 bool keep, const float* fade = nullptr, const Next& next = {}) {
   constexpr int R = tile_rows(V);
-  if (ahead && rows >= 2 * R) {
-    for (int part = 0; part < 2; ++part, rows -= R, a += R * a_row, c += R * c_row) {
-      tile<R, V, Storage, 1>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade,
-                             ahead + part * 64 * depth);
+  if (next.lines > 0 && rows >= R) {
+    const int64_t tiles = rows / R, askers = (next.lines + depth - 1) / depth;
+    const bool twice = askers > tiles;
+    const int64_t asked = twice ? min64((askers + 1) / 2, tiles) : askers, every = tiles / asked;
+    const char* ahead = next.data;
+    for (int64_t t = 0; t < tiles; ++t, rows -= R, a += R * a_row, c += R * c_row) {
+      if (t % every != 0 || t / every >= asked) {
+        tile<R, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
+      } else if (twice) {
+        tile<R, V, Storage, 2>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade, ahead);
+        ahead += 128 * depth;
+      } else {
+        tile<R, V, Storage, 1>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade, ahead);
+        ahead += 64 * depth;
+      }
     }
-  } else if (ahead && rows >= R) {
-    tile<R, V, Storage, 2>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade, ahead);
-    rows -= R, a += R * a_row, c += R * c_row;
   }
   for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row) {
     tile<R, V, Storage>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, fade);
@@ -115,11 +129,12 @@ struct Count {
 // dense rows. The columns of B that one tile uses stay in the first cache while all rows pass.
 SOFTPROMPT_FAST_INLINE void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a,
                                    int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-                                   float* c, int64_t c_row, bool keep,
-                                   const float* fade = nullptr) {
+                                   float* c, int64_t c_row, bool keep, const float* fade = nullptr,
+                                   const Next& next = {}) {
   const auto pass = [&](auto vectors, int64_t at) {
     tile_column<decltype(vectors)::value, Float32>(rows, depth, a, a_row, a_col, b + at, b_row,
-                                                   c + at, c_row, keep, fade ? fade + at : nullptr);
+                                                   c + at, c_row, keep, fade ? fade + at : nullptr,
+                                                   at == 0 ? next : Next{});
   };
   // Never a single vector where it can be avoided: its few sums wait for one another. So 5 are
   // 3 + 2, 6 are 3 + 3, 7 are 4 + 3, and 9 are 4 + 3 + 2.
