@@ -152,13 +152,17 @@ class SoftPromptModel(BankedModel, GenerationMixin):
             The base model's output class with ``loss`` and ``logits`` ``[B, S, V]``.
 
         Raises:
-            ValueError: shapes that don't match, a mask with holes, a cache of other prompts, too many positions.
+            ValueError: shapes that don't match, no token, a mask with holes, a cache of other prompts, too many
+                positions.
             KeyError: unknown prompt (the message lists the known ones).
             IndexError: a token id or a label outside the vocabulary.
         """
         if unknown := kwargs.keys() - self._base_arguments - SEGMENT_ARGUMENTS:
             raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
         batch, length = check_inputs(input_ids, inputs_embeds, labels)
+        if length == 0:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(f"{name}: expected at least one column, found none; generate() takes a prompt alone")
         decodes = past_key_values is not None and length == 1
         if input_ids is not None and input_ids.device.type == "cpu" and not (decodes or torch.compiler.is_compiling()):
             # Elsewhere only `generate` pays the synchronisation, once a call.
@@ -263,7 +267,7 @@ class SoftPromptModel(BankedModel, GenerationMixin):
         Returns:
             As transformers: the given ids followed by the new ones, ``[B * num_return_sequences, S + new]``.
         """
-        rows = 1 if prompt is None or prompt is ... or isinstance(prompt, str) else len(prompt)
+        rows = len(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else 1
         request = self._generation.read(inputs, attention_mask, kwargs, self.generation_config, rows)
         selected = self._select(prompt, task_ids, request.batch, output_attentions=request.output_attentions)
         try:

@@ -130,7 +130,7 @@ class PrefixedPasses:
             if call.chunked:
                 labelled = terms.positions
                 head = self.head.serving() if self._runs_in_parts(kwargs) else None
-                logits_to_keep = 0 if head is not None else (labelled % max(length, 1)).unique()
+                logits_to_keep = 0 if head is not None else (labelled % length).unique()
         if self.why_expanded is not None:
             self.check_rows_fit(batch, int(past) + length, attention_mask, packed, index)
         run = self._forward_shared if self.why_expanded is None else self._forward_expanded
@@ -224,7 +224,7 @@ class PrefixedPasses:
                 hidden = inputs_embeds if input_ids is None else passes.embed(input_ids)
                 assert hidden is not None
                 return LabelledStates(passes.own(hidden, positions, context, labelled), passes.head)
-        fused = self.fused.serving(inputs_embeds, context, cache, kwargs) if length and head is None else None
+        fused = self.fused.serving(inputs_embeds, context, cache, kwargs) if head is None else None
         if fused is not None:
             hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
             logits = fused(hidden, positions, context, cache, logits_to_keep)

@@ -390,6 +390,16 @@ def test_an_empty_batch(call: Callable[..., Any], family: str) -> None:
             call(make_model(family), input_ids=rows)
 
 
+@FAMILIES
+def test_a_call_without_a_column(family: str) -> None:
+    model, none = make_model(family), IDS[:, :0]
+    for call in ({}, {"labels": none}, {"labels": none, "attention_mask": none}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="input_ids: expected at least one column, found none; generate"):
+            model(none, **call)
+    with pytest.raises(ValueError, match="inputs_embeds: expected at least one column"):
+        model(inputs_embeds=model.get_input_embeddings()(none))
+
+
 @CALLS
 def test_input_of_other_dimensions(call: Callable[..., Any], model: SoftPromptModel) -> None:
     with pytest.raises(ValueError, match=r"input_ids: expected 2 dimensions, found shape \(7,\)"):
