@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from _gpu import System
 from _harness import Systems, backends, fastest, interleave, ratio, show, shown, write_json
+from _peers import SLOW, attention_peers, sdpa, with_mask
+from _peers import expanded as expand
 from _suite import Case, Prepared, one_system, pairs, short_calls
 from rich.table import Table
 from torch import Tensor
@@ -107,68 +107,11 @@ def make_inputs(shape: Shape) -> tuple[Tensor, ...]:
     return query, *own, *torch.randn(2, shape.kv_heads, shape.prefix, shape.head_dim)
 
 
-def expand(shape: Shape, inputs: tuple[Tensor, ...], heads: int | None = None) -> tuple[Tensor, ...]:
-    """Query, keys and values with a copy of the prefix in every row, and the mask that more than one query needs;
-    ``heads``: key/value heads are repeated to as many."""
-    query, *own, prefix_key, prefix_value = inputs
-    keys, values = (
-        torch.cat([prefix.expand(shape.batch, -1, -1, -1), x], 2)
-        for prefix, x in zip((prefix_key, prefix_value), own, strict=True)
-    )
-    if heads is not None:
-        keys, values = (x.repeat_interleave(heads // shape.kv_heads, 1) for x in (keys, values))
-    if shape.queries == 1:
-        return query, keys, values
-    columns = keys.shape[2]
-    visible = torch.ones(shape.queries, columns, dtype=torch.bool).tril(columns - shape.queries)
-    return query, keys, values, torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
-
-
-def sdpa(*args: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*args, enable_gqa=args[0].shape[1] != args[1].shape[1])
-
-
-def flex_attention(shape: Shape) -> Callable[..., Tensor]:
-    """FlexAttention, compiled for "prefix, then own keys up to the query's".
-
-    Raises:
-        Exception: whatever inductor says where it cannot compile it.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
-    offset = shape.prefix + shape.own - shape.queries
-    columns = shape.prefix + shape.own
-    mask = create_block_mask(lambda b, h, i, j: j <= i + offset, None, None, shape.queries, columns, device="cpu")
-    compiled = torch.compile(flex)
-
-    def call(query: Tensor, key: Tensor, value: Tensor, *unused: Tensor) -> Tensor:
-        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
-
-    return call
-
-
-def forward_systems(shape: Shape) -> dict[str, System]:
-    """Ours, SDPA over the expanded cache as it is and with heads repeated, and FlexAttention."""
-
-    def flex(prepared: tuple[Tensor, ...]) -> Tensor:
-        if not compiled:
-            compiled.append(flex_attention(shape))
-        return compiled[0](*prepared)
-
-    compiled: list[Callable[..., Tensor]] = []
-    return {
-        "ours": System(lambda x: ops.prefix_attention(*x)),
-        "sdpa": System(lambda x: sdpa(*x), lambda x: expand(shape, x)),
-        "sdpa-repeated": System(lambda x: sdpa(*x), lambda x: expand(shape, x, shape.q_heads)),
-        "flex": System(flex, lambda x: expand(shape, x)),
-    }
-
-
 def prepare_forward(shape: Shape, cold: bool, names: frozenset[str]) -> Prepared:
     """The reference is exact, so its tolerance holds for every system: rounding of float32, some thousand keys."""
+    systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_peers()}
     return short_calls(
-        {name: system for name, system in forward_systems(shape).items() if name in names},
+        {name: system for name, system in systems.items() if name in names},
         lambda: make_inputs(shape),
         lambda x: ops.prefix_attention(*(t.double() for t in x), backend="reference"),
         cold=COLD_BYTES if cold else 0,
@@ -219,11 +162,11 @@ def cases() -> Iterator[Case]:
                 "op",
                 f"{name}-cold" if cold else name,
                 {**shape.work, "inputs": "cold" if cold else "warm"},
-                ("ours", "sdpa", "sdpa-repeated", *(["flex"] if shape.queries > 1 else [])),
+                ("ours", *attention_peers()),
                 partial(prepare_forward, shape, cold),
                 (OP,),
                 quick=shape.prefix == 512,
-                slow=frozenset({"flex"}),
+                slow=SLOW & attention_peers().keys(),
                 rounds=(5, 25) if shape.queries > 1 else (15, 25),
             )
 
@@ -260,8 +203,8 @@ def sweep_shapes() -> list[Shape]:
 def sweep_one(shape: Shape, backend: str | None) -> dict[str, Any]:
     """Time "auto" against every backend that it passes over; SDPA over a cache expanded beforehand is shown beside."""
     inputs = make_inputs(shape)
-    expanded = expand(shape, inputs)
-    baseline = sdpa(*expanded)
+    expanded = with_mask(expand(inputs))
+    baseline = sdpa(expanded)
     systems: Systems = {"ours": lambda: ops.prefix_attention(*inputs, backend=backend)}
     for name in backends("prefix_attention")[1:]:
         if name != "reference" or shape.reference_bytes <= REFERENCE_BYTES:
@@ -272,7 +215,7 @@ def sweep_one(shape: Shape, backend: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": asdict(shape), "remeasured": False}
     if not others:
         return row
-    samples = interleave(systems | {"SDPA": lambda: sdpa(*expanded)}, 5, turn=1e-3)
+    samples = interleave(systems | {"SDPA": lambda: sdpa(expanded)}, 5, turn=1e-3)
     best = fastest(samples, others)
     if ratio(samples[best], samples["ours"])["median"] < CLOSE:
         # As many rounds as two seconds hold, of the close ones alone.
