@@ -86,9 +86,12 @@ def by_case(rows: Iterable[Row]) -> dict[str, dict[tuple[str, str], Row]]:
 
 def sizes(work: dict[str, Any]) -> str:
     """Such as "B 8, P 128, S 16, new 32"."""
-    names = ("prompts", "B", "P", "S", "T", "new", "micro-batches")
-    said = [f"{name} {_size(work[name])}" for name in names if name in work and work[name] not in (None, 0)]
-    return ", ".join(said).replace("micro-batches 1", "").strip(", ")
+    names = ("prompts", "B", "P", "S", "T", "new", "micro-batches", "micro-batches of PEFT")
+    said = [f"{name} {_size(work[name])}" for name in names if work.get(name) and (name, work[name]) != ONE]
+    return ", ".join(said)
+
+
+ONE = ("micro-batches", 1)
 
 
 def _size(value: Any) -> str:
@@ -185,7 +188,7 @@ def write(path: Path, rows: Sequence[Row], pictures: Pictures = ()) -> None:
 
 
 def extra_parts() -> dict[str, Callable[[], str]]:
-    """What the page shows of scripts with measures of their own: memory and accuracy of training, servers under load."""
+    """What the page shows of scripts with measures of their own: memory and accuracy of training, servers' load."""
     import bench_serve
     import bench_train
 

@@ -52,6 +52,7 @@ SYSTEMS = {
     "static-compiled": "the same with a static cache and torch.compile",
     "one-by-one": "this package, one prompt after another",
     "vllm": "vLLM with `prompt_embeds` and prefix caching",
+    "vllm-shared": "vLLM with this package's attention",
 }
 """What a system is, for a reader. A case may have others."""
 

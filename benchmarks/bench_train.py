@@ -150,10 +150,12 @@ def memory_of_this_process(args: argparse.Namespace) -> None:
 # -- cases of the suite -----------------------------------------------------------------------------------------------
 
 QUICK = ("b16-p100-s32", "b8-p20-s64")
+PEFT_PARTS = {"b32-p512-s64": 4}
+"""Micro-batches of PEFT where the whole batch needs more memory than such a machine has."""
 
 
-def prepare(shape: Shape, base: str, names: frozenset[str]) -> Prepared:
-    """A step in float32 on the CPU, as :func:`step` times it."""
+def prepare(shape: Shape, base: str, parts: int, names: frozenset[str]) -> Prepared:
+    """A step in float32 on the CPU, as :func:`step` times it; ``parts``: micro-batches of PEFT."""
     trainees = {
         name: Trainee.make(name, base, shape, torch.device("cpu"), torch.float32)
         for name in (OURS, PEFT)
@@ -169,8 +171,12 @@ def prepare(shape: Shape, base: str, names: frozenset[str]) -> Prepared:
 
     weights = sum(p.numel() for p in trainees[OURS].model.base.parameters() if p.dim() == 2)
     once = shape.virtual_tokens if shape.method == "PROMPT_TUNING" else 0
+    counts = {OURS: shape.micro_batches, PEFT: parts}
     return Prepared(
-        {name: lambda ids, trainee=trainee: trainee.step(ids, shape) for name, trainee in trainees.items()},
+        {
+            name: lambda ids, trainee=trainee, count=counts[name]: trainee.step(ids, shape, count)
+            for name, trainee in trainees.items()
+        },
         differences,
         f"relative error of loss and of gradient, each over its tolerance ({limits['loss']:.0e}, "
         f"{limits['gradient']:.0e})",
@@ -186,16 +192,17 @@ def cases() -> Iterator[Case]:
     for name, (shape, _) in TABLE.items():
         work = {"base": DEMO, "B": shape.batch, "P": shape.virtual_tokens, "S": shape.own, "dtype": "float32"}
         work |= {"method": shape.method, "micro-batches": shape.micro_batches}
+        parts = PEFT_PARTS.get(name, shape.micro_batches)
+        if parts > shape.micro_batches:
+            work["micro-batches of PEFT"] = parts
         yield Case(
             "train",
             f"step-{name}",
             work,
             (OURS, PEFT),
-            partial(prepare, shape, DEMO),
+            partial(prepare, shape, DEMO, parts),
             ("training",),
             quick=name in QUICK,
-            # A round lasts a minute and a half, and needs more memory than the machine has: `table` does it in parts.
-            slow=frozenset({PEFT}) if shape.batch * shape.virtual_tokens > 10_000 else frozenset(),
             rounds=(3, 5),
         )
 
