@@ -92,7 +92,9 @@ def _run(suite: ModuleType, chosen: list[Any], quick: bool, run: Session) -> Any
             progress.reset(current, description=text, total=steps)
             return lambda: progress.advance(current)
 
-        return suite.run(chosen, quick=quick, begin=begin)
+        outcome = suite.run(chosen, quick=quick, begin=begin)
+        progress.update(whole, completed=progress.tasks[0].total)
+        return outcome
 
 
 def _write(outcome: Any, json_file: Path | None, plot: Path | None, report: Path | None, run: Session) -> None:
@@ -100,7 +102,7 @@ def _write(outcome: Any, json_file: Path | None, plot: Path | None, report: Path
         outcome.write(json_file)
         run.say(f"rows: {json_file}")
     pictures = import_module("_plots").draw(outcome.rows, plot) if plot is not None else []
-    for path in pictures:
+    for path, _ in pictures:
         run.say(f"plot: {path}")
     if report is not None:
         import_module("_report").write(report, outcome.rows, pictures)
