@@ -51,7 +51,9 @@ def doubling(names: frozenset[str], **others: Any) -> Prepared:
 def case(name: str = "doubling", set_: str = "op", **changes: Any) -> Case:
     systems = ("ours", "pytorch", *(changes.get("others") or {}))
     prepare = partial(doubling, **changes.pop("others", {}))
-    return Case(set_, name, {"B": 8, "P": 32, "dtype": "float32"}, systems, prepare, ("doubling",), rounds=(3, 6), **changes)
+    return Case(
+        set_, name, {"B": 8, "P": 32, "dtype": "float32"}, systems, prepare, ("doubling",), rounds=(3, 6), **changes
+    )
 
 
 def rows_of(found: list[Row]) -> dict[str, Row]:
@@ -387,6 +389,23 @@ def test_older_results_keep_their_ratios() -> None:
         assert sorted(row.ratio["median"] for row in found if row.ratio) == pytest.approx(sorted(known)), file.name
     ids = [row.id for row in _results.load()]
     assert len(ids) == len(set(ids)) > 50
+
+
+def test_results_of_a_gpu_are_rows_too() -> None:
+    found = {
+        "case": "decode B64 S1 T256 P2048", "group": "decode", "flops": 1e9, "bytes": 1e6,
+        "samples": {"ours": [1e-4, 1e-4], "flash, all heads": [3e-4, 3e-4]}, "errors": {"ours": 1e-3},
+        "not_timed": {"cuDNN": "RuntimeError: no"},
+    }  # fmt: skip
+    setting = {"gpu": {"name": "a GPU"}, "cpu": "a CPU", "threads": 2, "isa": None, "packages": {}, "commit": "0123"}
+    ceilings = {"copy": 3e12, "bf16 GEMM": 8e14}
+    result = {"setting": setting | {"command": "gpu.py"}, "ceilings": ceilings, "rows": [found]}
+    ours, flash, cudnn = _results.older_rows(result)
+    assert flash.id == "op/gpu-decode-b64-s1-t256-p2048/flash-all-heads/call" and flash.device == "a GPU"
+    assert flash.ratio and flash.ratio["median"] == pytest.approx(3.0) and cudnn.skipped == "RuntimeError: no"
+    assert ours.roofline and ours.roofline["median"] == pytest.approx(1e9 / 8e14 / 1e-4)
+    parts = _report.parts([ours, flash, cudnn])
+    assert "3.00x" in parts["op"] and "cudnn" in parts["op"] and _report.headline([flash])
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
