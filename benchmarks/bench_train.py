@@ -23,13 +23,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _bases import DEMO, NAMES
 from _harness import ROOT, markdown_setting, ratio, show, shown, spread, take_turns, write_json
+from _suite import Case, Prepared
 from _training import GENERIC, METHODS, OURS, PEFT, SYSTEMS, Shape, Trainee, errors, limit_memory, memory
 from rich.table import Table
 
@@ -143,6 +145,59 @@ def memory_of_this_process(args: argparse.Namespace) -> None:
     for _ in range(2):
         trainee.step(torch.randint(0, vocabulary(trainee), (shape.batch, shape.own), device=device), shape)
     print(json.dumps({"after_loading": loaded, "peak": memory(device)["peak"]}))
+
+
+# -- cases of the suite -----------------------------------------------------------------------------------------------
+
+QUICK = ("b16-p100-s32", "b8-p20-s64")
+
+
+def prepare(shape: Shape, base: str, names: frozenset[str]) -> Prepared:
+    """A step in float32 on the CPU, as :func:`step` times it."""
+    trainees = {
+        name: Trainee.make(name, base, shape, torch.device("cpu"), torch.float32)
+        for name in (OURS, PEFT)
+        if name in names
+    }
+    limits, tokens = TOLERANCE[torch.float32], vocabulary(trainees[OURS])
+
+    def differences(ids: Any, results: dict[str, Any]) -> dict[str, float]:
+        """Of losses and of gradients, each over its tolerance: the larger; NaN for a NaN."""
+        found = {name: errors(results[OURS], result) for name, result in results.items()}
+        shares = {name: [e[what] / limits[what] for what in limits] for name, e in found.items()}
+        return {name: max(both) if all(x == x for x in both) else float("nan") for name, both in shares.items()}
+
+    weights = sum(p.numel() for p in trainees[OURS].model.base.parameters() if p.dim() == 2)
+    once = shape.virtual_tokens if shape.method == "PROMPT_TUNING" else 0
+    return Prepared(
+        {name: lambda ids, trainee=trainee: trainee.step(ids, shape) for name, trainee in trainees.items()},
+        differences,
+        f"relative error of loss and of gradient, each over its tolerance ({limits['loss']:.0e}, "
+        f"{limits['gradient']:.0e})",
+        1.0,
+        inputs=lambda: torch.randint(0, tokens, (shape.batch, shape.own)),
+        # Forward and the gradient of every product's input; no weight has a gradient.
+        flops=4.0 * weights * (once + shape.batch * shape.own),
+        moved=2 * 4.0 * weights,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for name, (shape, _) in TABLE.items():
+        work = {"base": DEMO, "B": shape.batch, "P": shape.virtual_tokens, "S": shape.own, "dtype": "float32"}
+        work |= {"method": shape.method, "micro-batches": shape.micro_batches}
+        yield Case(
+            "train",
+            f"step-{name}",
+            work,
+            (OURS, PEFT),
+            partial(prepare, shape, DEMO),
+            ("training",),
+            quick=name in QUICK,
+            # A round lasts a minute and a half, and needs more memory than the machine has: `table` does it in parts.
+            slow=frozenset({PEFT}) if shape.batch * shape.virtual_tokens > 10_000 else frozenset(),
+            rounds=(3, 5),
+        )
 
 
 # -- one shape --------------------------------------------------------------------------------------------------------
