@@ -40,7 +40,9 @@ FEWEST_ROUNDS = 9
 """With fewer than six the interval has less confidence than it says."""
 PAUSE = 0.02
 """Seconds before a turn: after a parallel region OpenMP's threads spin for some milliseconds before they sleep."""
-Begin = Callable[[str, int], Callable[[], None]]
+Tick = Callable[[], None]
+Begin = Callable[[str, int, int, int], Tick]
+"""Told what begins, in how many steps it ends, its number and of how many; gives what is called after each step."""
 
 
 class GuardError(ValueError):
@@ -104,6 +106,11 @@ def built_from(tree: Path) -> set[str]:
     return sources | {"setup.py", "softprompt_fast/_version.py"}
 
 
+def same_sources(tree: Path, like: Path) -> bool:
+    files = built_from(tree)
+    return files == built_from(like) and not any(filecmp.cmpfiles(tree, like, files, shallow=False)[1:])
+
+
 def extensions(tree: Path) -> list[Path]:
     return [path for path in (tree / "softprompt_fast").glob("_C.*") if path.suffix in (".so", ".pyd")]
 
@@ -115,11 +122,10 @@ def build(tree: Path, name: str, like: Path | None = None) -> None:
     Raises:
         GuardError: it can't be built, with what the compiler says.
     """
-    if like is not None and (files := built_from(tree)) == built_from(like):
-        if not any(filecmp.cmpfiles(tree, like, files, shallow=False)[1:]):
-            for path in extensions(like):
-                shutil.copy2(path, tree / path.relative_to(like))
-            return
+    if like is not None and same_sources(tree, like):
+        for path in extensions(like):
+            shutil.copy2(path, tree / path.relative_to(like))
+        return
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     environment = {**os.environ, MODE: os.environ.get(MODE, "1")}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
@@ -132,14 +138,11 @@ def build(tree: Path, name: str, like: Path | None = None) -> None:
 
 
 class Process:
-    """A worker (``_guard_worker.py``) with the package of one tree.
-
-    Raises:
-        GuardError: it did not start, or found another package; with the end of what it printed.
-    """
+    """A worker (``_guard_worker.py``) with the package of one tree. Whatever is asked of one that has ended raises a
+    `GuardError` with the end of what it printed."""
 
     def __init__(self, name: str, tree: Path, cases: Path, log: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.log = name, log
+        self.name, self.tree, self.log = name, tree, log
         path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
@@ -151,20 +154,21 @@ class Process:
                 stderr=file,
                 text=True,
             )
-        try:
-            self.ready = self._read()
-            if not Path(self.ready["package"]).resolve().is_relative_to(tree.resolve()):
-                raise GuardError(f"{name}: expected the package of {tree}, found {self.ready['package']}")
-        except BaseException:
-            self.close()
-            raise
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            GuardError: it did not start, or found the package of another tree.
+        """
+        package = Path(self._read()["package"])
+        if not package.resolve().is_relative_to(self.tree.resolve()):
+            raise GuardError(f"{self.name}: expected the package of {self.tree}, found {package}")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # reading then says why
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # reading says why
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -211,6 +215,12 @@ class Row:
     backends: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     why: str | None = None
 
+    def is_of(self, case: Case) -> bool:
+        return case.id in (self.id, self.id.rpartition("/")[0])
+
+
+TIMED = ("slower", "faster")
+
 
 def noise_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """What two equal processes differ by."""
@@ -238,13 +248,13 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 SIDES = ("base", "head", "again")
+THIS = "this tree"
 
 
-def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: int, begin: Begin) -> list[Row]:
+def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: int, tick: Tick) -> list[Row]:
     """One row for each thing that a turn times; ``processes``: one for each of `SIDES`."""
-    tick = begin(case.id, rounds)
     answers = {
-        side: process.ask(prepare=case.id, result=str(folder / side)) for side, process in processes.items()
+        side: process.ask(prepare=case.id, result=str(folder / f"{side}.pt")) for side, process in processes.items()
     }
     for side, process in processes.items():
         if why := answers[side].get("error"):
@@ -252,7 +262,7 @@ def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: 
     known: dict[str, Any] = {
         "backends": {side: answers[side]["backends"] for side in ("base", "head")},
         "tolerance": answers["head"]["tolerance"],
-        "error": difference(*(torch.load(folder / side) for side in ("head", "base"))),
+        "error": difference(*(torch.load(folder / f"{side}.pt") for side in ("head", "base"))),
     }
     if not known["error"] <= known["tolerance"]:
         why = f"results differ by {known['error']:.1e}, tolerance {known['tolerance']:.0e}"
@@ -304,7 +314,7 @@ class Report:
         table = Table(title=f"this tree against {self.revision} ({self.commit[:10]})")
         columns = (f"{self.revision}, ms", "this tree, ms", "this tree is faster by", "95%", "noise", "verdict")
         for column in ("row", *columns, "backends"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for row in self.rows:
             served = dict.fromkeys(names(row.backends.get(side, {})) for side in ("base", "head"))
             last = " -> ".join(filter(None, served))
@@ -332,7 +342,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     quick: bool = True,
     rounds: int | None = None,
-    begin: Begin = lambda text, steps: lambda: None,
+    begin: Begin = lambda *unused: lambda: None,
     root: Path = ROOT,
 ) -> Report:
     """Build both and measure the cases; what noise does not explain is measured again.
@@ -340,7 +350,7 @@ def run(
     Args:
         environment: variables that are set for this tree's process alone, to see what a setting does.
         rounds: other than the cases' own.
-        begin: told what begins and in how many steps it ends; gives what is called after each.
+        begin: for a progress bar.
 
     Raises:
         GuardError: there is no such revision, no checkout or no compiler, or a process does not start.
@@ -348,42 +358,36 @@ def run(
     environment, commit = dict(environment or {}), commit_of(revision, root)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="softprompt-fast-bench-")))
-        trees = {revision: folder / "base", "this tree": folder / "head"}
-        stack.enter_context(worktree(commit, folder / "base", root))
-        copy_tree(root, folder / "head")
-        for name, tree in trees.items():
-            tick = begin(f"building {name}", 1)
-            build(tree, name, like=None if name == revision else folder / "base")
+        base, head = folder / "base", folder / "head"
+        stack.enter_context(worktree(commit, base, root))
+        copy_tree(root, head)
+        count = 2 + len(chosen)
+        for number, (name, tree, like) in enumerate(((revision, base, None), (THIS, head, base))):
+            tick = begin(f"building {name}", 1, number, count)
+            build(tree, name, like)
             tick()
 
-        def measured(cases: Sequence[Case]) -> list[Row]:
+        def measured(cases: Sequence[Case], first: int, count: int) -> list[Row]:
             rows = []
             with contextlib.ExitStack() as running:
                 processes = {}
                 for side in SIDES:
-                    name, own = ("this tree", environment) if side == "head" else (revision, {})
-                    process = Process(
-                        name, trees[name], folder / "head" / "benchmarks", folder / f"{side}.log", own
-                    )
-                    running.callback(process.close)
-                    processes[side] = process
-                for case in cases:
-                    count = rounds or max(FEWEST_ROUNDS, case.rounds[0 if quick else 1])
-                    rows += measure(case, processes, folder, count, begin)
+                    name, tree, own = (THIS, head, environment) if side == "head" else (revision, base, {})
+                    processes[side] = Process(name, tree, head / "benchmarks", folder / f"{side}.log", own)
+                    running.callback(processes[side].close)
+                for process in processes.values():
+                    process.wait()
+                for number, case in enumerate(cases, first):
+                    turns = rounds or max(FEWEST_ROUNDS, case.rounds[0 if quick else 1])
+                    rows += measure(case, processes, folder, turns, begin(case.id, turns, number, count))
             return rows
 
-        rows = measured(chosen)
-        if doubtful := [c for c in chosen if any(is_of(row, c) and row.verdict in TIMED for row in rows)]:
-            again = {row.id: row for row in measured(doubtful)}
+        rows = measured(chosen, 2, count)
+        doubtful = [case for case in chosen if any(row.verdict in TIMED and row.is_of(case) for row in rows)]
+        if doubtful:
+            again = {row.id: row for row in measured(doubtful, count, count + len(doubtful))}
             rows = [agreed(row, again.get(row.id)) for row in rows]
     return Report(revision, commit, environment, rows)
-
-
-TIMED = ("slower", "faster")
-
-
-def is_of(row: Row, case: Case) -> bool:
-    return row.id == case.id or row.id.rpartition("/")[0] == case.id
 
 
 def agreed(row: Row, again: Row | None) -> Row:

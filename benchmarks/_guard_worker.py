@@ -3,7 +3,7 @@
 
 Lines of JSON on standard input are requests, and each gets one line on standard output (what libraries print goes to
 standard error). A first line says which package was found. ``{"prepare": case, "result": file}`` makes a case ready,
-runs one turn and leaves its result in the file; ``{"turn": true}`` runs one and says its seconds. What raises is
+runs it untimed and leaves the result in the file; ``{"turn": true}`` runs one and says its seconds. What raises is
 answered with ``{"error": why}``. Between requests the process waits without computing.
 """
 
@@ -17,12 +17,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from _gpu import tensors_of
-from _suite import OURS, Prepared, cases, reason
+# An editable installation finds modules that this tree lacks in the tree that was installed: a mixture of both.
+sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, "__module__", "").startswith("__editable___softprompt")]
 
-import softprompt_fast
-from softprompt_fast.backends import native
+import torch  # noqa: E402
+from _gpu import tensors_of  # noqa: E402
+from _suite import OURS, Prepared, cases, reason  # noqa: E402
+
+import softprompt_fast  # noqa: E402
+from softprompt_fast.backends import native  # noqa: E402
 
 
 class Worker:
@@ -39,9 +42,11 @@ class Worker:
     def prepare(self, name: str, result: str) -> dict[str, Any]:
         self.close()
         torch.manual_seed(0)
+        case = self.cases[name]
+        self.prepared = case.prepare(frozenset({OURS}))
         with serving_backends() as served:
-            self.prepared = self.cases[name].prepare(frozenset({OURS}))
-            found, _ = self.prepared.turns[OURS](self.prepared.inputs())
+            for _ in range(max(1, case.warmup)):
+                found, _ = self.prepared.turns[OURS](self.prepared.inputs())
         torch.save([x.detach().cpu() for x in tensors_of(found)], result)
         return {"backends": {op: sorted(names) for op, names in served.items()}, "tolerance": self.prepared.tolerance}
 

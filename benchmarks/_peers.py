@@ -322,7 +322,8 @@ class StaticCompiled:
             with recompiling():
                 first = self._run(ids)[1]["total"]
             self.compile_seconds = first - self._run(ids)[1]["total"]
-        return self._run(ids)
+        tokens, times = self._run(ids)
+        return tokens, {**times, "compile": self.compile_seconds}
 
     def _run(self, ids: Tensor) -> tuple[Tensor, Times]:
         length = self.prefix.num_virtual_tokens + ids.shape[1] + self.new

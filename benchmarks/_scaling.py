@@ -29,7 +29,7 @@ NEW = 8
 def prepare_attention(shape: Shape, names: frozenset[str]) -> Prepared:
     """As in :mod:`bench_prefix_attention`, warm."""
     return short_calls(
-        {name: system for name, system in forward_systems(shape).items() if name in names},
+        {name: system for name, system in forward_systems().items() if name in names},
         lambda: make_inputs(shape),
         lambda x: ops.prefix_attention(*(t.double() for t in x), backend="reference"),
         flops=shape.flops,
@@ -55,7 +55,7 @@ def prepare_prompts(shape: Shape, count: int, names: frozenset[str]) -> Prepared
         rows = (p.unflatten(1, (count, shape.prefix)).transpose(0, 1)[index.long()] for p in prefix)
         return query, *(torch.cat([p, x], 2) for p, x in zip(rows, (key, value), strict=True))
 
-    systems = {"ours": System(attend), "sdpa": System(lambda x: sdpa(*x), expanded)}
+    systems = {"ours": System(attend), "sdpa": System(sdpa, expanded)}
     own = shape.moved - 4 * 2 * shape.head_dim * shape.kv_heads * shape.prefix
     return short_calls(
         {name: system for name, system in systems.items() if name in names},
