@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -308,6 +309,15 @@ class Report:
             "environment": self.environment,
             "rows": [asdict(row) for row in self.rows],
         }
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def summary(self) -> str:
+        """How many rows there are of each verdict."""
+        counts = Counter(row.verdict or ("no ratio" if row.ratio is None else "no difference") for row in self.rows)
+        return f"{len(self.rows)} rows: " + ", ".join(f"{count} {what}" for what, count in counts.items())
 
     def table(self) -> Table:
         """Ratios with p20 and p80; of noise, the interval that a ratio's own must leave."""

@@ -12,8 +12,9 @@ import bench_model
 import torch
 from _bases import DEMO
 from _gpu import System
+from _peers import sdpa
 from _suite import Case, Prepared, short_calls
-from bench_prefix_attention import SMALL, Shape, forward_systems, make_inputs, sdpa
+from bench_prefix_attention import SMALL, Shape, make_inputs, prepare_forward
 from torch import Tensor
 
 from softprompt_fast import ops
@@ -24,17 +25,6 @@ QUERIES = (1, 8, 64, 256)
 PROMPTS = (1, 4, 16, 32)
 GENERATE = ((1, 4, 8, 16, 32), (20, 100, 512))
 NEW = 8
-
-
-def prepare_attention(shape: Shape, names: frozenset[str]) -> Prepared:
-    """As in :mod:`bench_prefix_attention`, warm."""
-    return short_calls(
-        {name: system for name, system in forward_systems().items() if name in names},
-        lambda: make_inputs(shape),
-        lambda x: ops.prefix_attention(*(t.double() for t in x), backend="reference"),
-        flops=shape.flops,
-        moved=shape.moved,
-    )
 
 
 def prepare_prompts(shape: Shape, count: int, names: frozenset[str]) -> Prepared:
@@ -68,13 +58,13 @@ def prepare_prompts(shape: Shape, count: int, names: frozenset[str]) -> Prepared
 
 def cases() -> Iterator[Case]:
     def attention(name: str, shape: Shape, quick: bool) -> Case:
-        systems = ("ours", "sdpa")
+        systems = ("ours", "sdpa", "hydragen")
         return Case(
             "scaling",
             name,
             shape.work,
             systems,
-            partial(prepare_attention, shape),
+            partial(prepare_forward, shape, False),
             ("prefix_attention",),
             quick=quick,
             rounds=(7, 15),

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from _gpu import System, relative_error, tensors_of
-from _harness import ROOT, Machine, Repeated, Times, interval, ratio, setting, spread
+from _harness import ROOT, Machine, Repeated, Times, interval, ratio, setting, shown, spread
+from rich.table import Table
 
 from softprompt_fast import __version__
 
@@ -532,25 +533,63 @@ def run(
     chosen: Sequence[tuple[Case, frozenset[str]]],
     *,
     quick: bool = True,
-    begin: Callable[[str, int], Callable[[], None]] = lambda text, steps: lambda: None,
+    begin: Callable[[str, int, int, int], Callable[[], None]] = lambda *unused: lambda: None,
 ) -> Outcome:
     """The tests, then every case.
 
     Args:
-        begin: told what begins and in how many steps it ends; gives what is called after each.
+        begin: told what begins, in how many steps it ends, its number and of how many; gives what is called after
+            each step.
     """
     started = time.perf_counter()
-    tests: dict[str, str | None] = {}
-    for name in dict.fromkeys(name for case, _ in chosen for name in case.tests):
-        tick = begin(f"tests of {name}", 1)
+    gates = list(dict.fromkeys(name for case, _ in chosen for name in case.tests))
+    count, tests = len(gates) + len(chosen), {}
+    for number, name in enumerate(gates):
+        tick = begin(f"tests of {name}", 1, number, count)
         tests[name] = red_tests(name)
         tick()
     place, machine, rows = Place.here(), Machine(1024, 64 << 20), []
-    for case, names in chosen:
-        tick = begin(case.id, case.warmup + case.rounds[0 if quick else 1])
+    for number, (case, names) in enumerate(chosen, len(gates)):
+        tick = begin(case.id, case.warmup + case.rounds[0 if quick else 1], number, count)
         red = [said for name in case.tests if (said := tests[name])]
         rows += measure(case, names, place, quick=quick, red=red, machine=machine, tick=tick)
     return Outcome(rows, tests, time.perf_counter() - started)
+
+
+def tables(outcome: Outcome) -> Iterator[Table]:
+    """A table for each set."""
+    for name in SETS:
+        rows = [row for row in outcome.rows if row.set == name]
+        if not rows:
+            continue
+        table = Table(title=f"{name}: median (p20 to p80); ratios: how many times as long as ours")
+        for column in ("case", "system", "what", "time", "ratio", "95% of the median", "of the roofline", "agreement"):
+            table.add_column(column)
+        before = ""
+        for row in rows:
+            said = row.skipped or row.withheld
+            between = f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f}" if row.ratio else ""
+            table.add_row(
+                row.case if row.case != before else "",
+                row.system,
+                row.what,
+                duration(row.seconds) if row.seconds else "",
+                shown(row.ratio) if row.ratio else f"none: {said}" if said else "",
+                between,
+                shown(row.roofline, "%") if row.roofline else "",
+                f"{row.agreement['error']:.0e}" if row.agreement else "",
+            )
+            before = row.case
+        yield table
+
+
+def duration(seconds: dict[str, float]) -> str:
+    """Such as "1.30 ms (1.28 to 1.35)"."""
+    unit, scale = next(
+        (u, s) for u, s in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if seconds["median"] * s >= 1 or s == 1e6
+    )
+    middle, low, high = (f"{seconds[name] * scale:.3g}" for name in ("median", "p20", "p80"))
+    return f"{middle} {unit} ({low} to {high})"
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -17,8 +17,7 @@ import json
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,11 +26,11 @@ from typing import Any
 import torch
 from _bases import DEMO, make_base
 from _harness import ROOT, Times
+from _peers import generation_peers, greedy
 from _prompts import make_peft, make_prompt, prompt_values
 from _suite import OURS, Case, Prepared, Turn, reason
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import softprompt_fast as spf
 from softprompt_fast.demo.assets import demo_model_dir
@@ -53,18 +52,6 @@ class Shape:
     @property
     def work(self) -> dict[str, Any]:
         return {"B": self.batch, "P": self.virtual_tokens, "S": self.own, "new": self.new, "dtype": "float32"}
-
-
-class FirstToken(LogitsProcessor):
-    """Notes when the first token's logits arrive."""
-
-    def __init__(self) -> None:
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.at is None:
-            self.at = time.perf_counter()
-        return scores
 
 
 class Vllm:
@@ -127,12 +114,14 @@ def a_token(times: Times, new: int) -> Times:
 
 @lru_cache(maxsize=1)
 def _loaded(base_name: str) -> tuple[Any, spf.SoftPromptModel]:
-    """A base and this package's model over it, kept for the cases that follow one another."""
-    torch.manual_seed(0)
-    base = make_base(base_name, torch.device("cpu"), torch.float32)
-    base.generation_config.eos_token_id = None
-    base.generation_config.pad_token_id = 0
-    return base, spf.SoftPromptModel(base).eval()
+    """A base for the peers, and this package's model over one of its own; kept for the cases that follow."""
+    bases = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        bases.append(make_base(base_name, torch.device("cpu"), torch.float32))
+        bases[-1].generation_config.eos_token_id = None
+        bases[-1].generation_config.pad_token_id = 0
+    return bases[0], spf.SoftPromptModel(bases[1]).eval()
 
 
 def differing(found: Tensor, expected: Tensor) -> float:
@@ -143,47 +132,20 @@ def differing(found: Tensor, expected: Tensor) -> float:
     return float((unequal & seen).sum() / seen.sum())
 
 
-def generate(run: Callable[..., Tensor], shape: Shape, ids: Tensor, **options: Any) -> tuple[Tensor, Times]:
-    """New tokens ``[B, new]`` of ``run``, a model's ``generate``, and its times."""
-    first = FirstToken()
-    started = time.perf_counter()
-    out = run(
-        input_ids=ids,
-        max_new_tokens=shape.new,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([first]),
-        **options,
-    )
-    ended = time.perf_counter()
-    assert first.at is not None
-    return out[:, shape.own :], {"first token": first.at - started, "total": ended - started}
-
-
 def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
     base, model = _loaded(base_name)
     name, values = f"p{shape.virtual_tokens}", prompt_values(base, shape.virtual_tokens, 0)
     if name not in model.prompt_names:
-        model.add_prompt(name, make_prompt(base, values))
+        model.add_prompt(name, make_prompt(model.base, values))
     prefix = model.compile_prompt(name)
     ones = torch.ones(shape.batch, shape.own, dtype=torch.long)
-
-    def expanded(ids: Tensor) -> tuple[Tensor, Times]:
-        started = time.perf_counter()
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(key.expand(shape.batch, -1, -1, -1), value.expand(shape.batch, -1, -1, -1), layer)
-        filled = time.perf_counter() - started
-        mask = torch.ones(shape.batch, shape.virtual_tokens + shape.own, dtype=torch.long)
-        out, times = generate(base.generate, shape, ids, past_key_values=cache, attention_mask=mask)
-        return out, {what: seconds + filled for what, seconds in times.items()}
-
     turns: dict[str, Turn] = {
-        OURS: lambda ids: generate(model.generate, shape, ids, attention_mask=ones, prompt=name),
-        "expanded": expanded,
+        OURS: lambda ids: greedy(model, ids, shape.new, attention_mask=ones, prompt=name),
+        **generation_peers(base, prefix, shape.new),
     }
     if "peft" in names:
         peft = make_peft(base, {name: values})
-        turns["peft"] = lambda ids: generate(peft.generate, shape, ids, attention_mask=ones)
+        turns["peft"] = lambda ids: greedy(peft, ids, shape.new, attention_mask=ones)
     engines, skipped = [], {}
     for engine in names & {"vllm", "vllm-shared"}:
         try:
@@ -196,6 +158,10 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         out, times = turn(ids)
         return out, a_token(times, shape.new)
 
+    def close() -> None:
+        for engine in engines:
+            engine.close()
+
     flops, moved = needed(base, shape, prefix.nbytes)
     vocabulary = base.get_input_embeddings().num_embeddings
     return Prepared(
@@ -207,7 +173,7 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         flops=flops,
         moved=moved,
         skipped=skipped,
-        close=lambda: [engine.close() for engine in engines] and None,
+        close=close,
     )
 
 
@@ -228,21 +194,21 @@ def needed(base: Any, shape: Shape, prefix_bytes: int) -> tuple[float, float]:
     return flops, shape.new * (4.0 * (layers + head) + prefix_bytes)
 
 
-SYSTEMS = ("ours", "expanded", "peft", "vllm")
+SYSTEMS = ("ours", "expanded", "static-compiled", "peft", "vllm")
 SHAPES = {
     # Base, shape, what is left out of the quick run (None: the case is).
-    "demo-b1-p100": (DEMO, Shape(1, 100), {"vllm"}),
-    "demo-b8-p128": (DEMO, Shape(8, 128), {"vllm"}),
+    "demo-b1-p100": (DEMO, Shape(1, 100), {"static-compiled", "vllm"}),
+    "demo-b8-p128": (DEMO, Shape(8, 128), {"static-compiled", "vllm"}),
     "demo-b16-p20": (DEMO, Shape(16, 20), None),
-    "demo-b32-p512": (DEMO, Shape(32, 512), {"peft", "vllm"}),
-    "360m-b8-p128": ("SmolLM2-360M", Shape(8, 128, new=16), {"peft"}),
+    "demo-b32-p512": (DEMO, Shape(32, 512), {"static-compiled", "peft", "vllm"}),
+    "360m-b8-p128": ("SmolLM2-360M", Shape(8, 128, new=16), {"static-compiled", "peft"}),
 }
 
 
 def cases() -> Iterator[Case]:
     for name, (base, shape, slow) in SHAPES.items():
         # vLLM's package reads a model from its folder, which one with random weights has not.
-        systems = SYSTEMS if base == DEMO else SYSTEMS[:3]
+        systems = SYSTEMS if base == DEMO else SYSTEMS[:-1]
         work = {"base": base, **shape.work}
         options: dict[str, Any] = {"quick": slow is not None, "slow": frozenset(slow or ()), "rounds": (3, 7)}
         # PEFT's first round may last a minute, and the allocator is warm by then.
