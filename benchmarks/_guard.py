@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from _gpu import relative_error
-from _harness import ROOT, milliseconds, setting, shown
+from _harness import ROOT, milliseconds, setting
 from _suite import Case, compared
 from rich.table import Table
 from torch import Tensor
@@ -331,9 +331,10 @@ class Report:
             if row.ratio is None or row.noise is None:
                 table.add_row(row.id, "", "", "", "", "", f"{row.verdict} {row.why}".strip(), last)
                 continue
-            limits = (f"{values['low']:.2f} to {values['high']:.2f}" for values in (row.ratio, row.noise))
+            limits = (f"{values['low']:.3g} to {values['high']:.3g}" for values in (row.ratio, row.noise))
             times = (milliseconds(row.samples[side]) for side in ("base", "head"))
-            table.add_row(row.id, *times, shown(row.ratio), *limits, row.verdict, last)
+            found = "{median:.3g}x ({p20:.3g} to {p80:.3g})".format(**row.ratio)
+            table.add_row(row.id, *times, found, *limits, row.verdict, last)
         return table
 
 
