@@ -147,7 +147,7 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         peft = make_peft(base, {name: values})
         turns["peft"] = lambda ids: greedy(peft, ids, shape.new, attention_mask=ones)
     engines, skipped = [], {}
-    for engine in names & {"vllm", "vllm-shared"}:
+    for engine in names & VLLM:
         try:
             engines.append(Vllm(vllm_python(), shape, values, shared=engine == "vllm-shared"))
             turns[engine] = engines[-1]
@@ -194,13 +194,14 @@ def needed(base: Any, shape: Shape, prefix_bytes: int) -> tuple[float, float]:
     return flops, shape.new * (4.0 * (layers + head) + prefix_bytes)
 
 
-SYSTEMS = ("ours", "expanded", "static-compiled", "peft", "vllm")
+VLLM = {"vllm", "vllm-shared"}
+SYSTEMS = ("ours", "expanded", "static-compiled", "peft", "vllm", "vllm-shared")
 SHAPES = {
     # Base, shape, what is left out of the quick run (None: the case is).
-    "demo-b1-p100": (DEMO, Shape(1, 100), {"static-compiled", "vllm"}),
-    "demo-b8-p128": (DEMO, Shape(8, 128), {"static-compiled", "vllm"}),
+    "demo-b1-p100": (DEMO, Shape(1, 100), {"static-compiled", *VLLM}),
+    "demo-b8-p128": (DEMO, Shape(8, 128), {"static-compiled", *VLLM}),
     "demo-b16-p20": (DEMO, Shape(16, 20), None),
-    "demo-b32-p512": (DEMO, Shape(32, 512), {"static-compiled", "peft", "vllm"}),
+    "demo-b32-p512": (DEMO, Shape(32, 512), {"static-compiled", "peft", *VLLM}),
     "360m-b8-p128": ("SmolLM2-360M", Shape(8, 128, new=16), {"static-compiled", "peft"}),
 }
 
@@ -208,7 +209,7 @@ SHAPES = {
 def cases() -> Iterator[Case]:
     for name, (base, shape, slow) in SHAPES.items():
         # vLLM's package reads a model from its folder, which one with random weights has not.
-        systems = SYSTEMS if base == DEMO else SYSTEMS[:-1]
+        systems = SYSTEMS if base == DEMO else SYSTEMS[:-2]
         work = {"base": base, **shape.work}
         options: dict[str, Any] = {"quick": slow is not None, "slow": frozenset(slow or ()), "rounds": (3, 7)}
         # PEFT's first round may last a minute, and the allocator is warm by then.

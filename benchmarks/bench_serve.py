@@ -5,7 +5,7 @@
     python benchmarks/bench_serve.py load --vllm-python vllm-env/bin/python --faults 0.2 \\
         --json benchmarks/results/cpu-2core-load.json
     python benchmarks/bench_serve.py load --base-url http://127.0.0.1:8000 --prompts FOLDER   # a server of one's own
-    python benchmarks/bench_serve.py report --into docs/serving-benchmarks.md
+    softprompt-fast bench serve                                 # ``mixed``, as rows of the suite
 
 ``mixed``: rows of many prompts, of different lengths, in one ``generate`` call, against the same rows one prompt after
 another, against PEFT with every adapter loaded and a loop over ``set_adapter``, and against transformers with the
@@ -395,22 +395,11 @@ def print_load(result: dict[str, Any]) -> None:
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- results: bench_serve.py report -->", "<!-- end of results -->"
 
-
-def report(args: argparse.Namespace) -> int:
-    """Print the Markdown of the results, or put it between the marks of a file."""
-    files = args.files or [*sorted(RESULTS.glob("*-mixed.json")), *sorted(RESULTS.glob("*-load.json"))]
-    text = markdown([json.loads(path.read_text(encoding="utf-8")) for path in files])
-    if args.into is None:
-        print(text)
-        return 0
-    before, _, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{args.into}: expected the lines {BEGIN} and {END}")
-    args.into.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
-    return 0
+def report() -> str:
+    """Markdown of the results in benchmarks/results."""
+    files = [*sorted(RESULTS.glob("*-mixed.json")), *sorted(RESULTS.glob("*-load.json"))]
+    return markdown([json.loads(path.read_text(encoding="utf-8")) for path in files])
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
@@ -511,15 +500,12 @@ def main() -> int:
     for sub in (one, many):
         sub.add_argument("--new", type=int, default=32)
         sub.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
-    written = commands.add_parser("report", help="Markdown of the results")
-    written.add_argument("files", nargs="*", type=Path, help="by default those of benchmarks/results")
-    written.add_argument("--into", type=Path, help="a file, between its marks")
     args = parser.parse_args()
     if args.command == "mixed":
         args.systems = {OURS, *args.systems}
         if args.batch % len(args.virtual_tokens):
             parser.error("--batch: the prompts would not have the same number of rows")
-    return {"mixed": mixed, "load": load, "report": report}[args.command](args)
+    return {"mixed": mixed, "load": load}[args.command](args)
 
 
 if __name__ == "__main__":
