@@ -4,6 +4,7 @@ explain is called slower. No assertion here depends on a time."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
+from softprompt_fast.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -214,6 +218,45 @@ def test_a_process_that_ends_says_why(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"v1: expected the package of .*, found .elsewhere"):
         process.wait()
     process.close()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.mark.parametrize("verdict, fail, code", [("slower", True, 1), ("slower", False, 0), ("faster", True, 0)])
+def test_the_exit_status_is_that_of_a_regression(
+    verdict: str, fail: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def run(revision: str, chosen: list[_suite.Case], *, begin: Any, **given: Any) -> _guard.Report:
+        asked.extend((revision, [case.id for case in chosen], given))
+        begin("building", 2, 0, 3)()
+        limits = {"median": 0.5, "p20": 0.4, "p80": 0.6, "low": 0.4, "high": 0.6}
+        samples = {side: [1.0, 1.0] for side in _guard.SIDES}
+        rows = [Row("op/a/call", verdict, samples, limits, limits), Row("op/b", why="v1: new")]
+        return _guard.Report(revision, "0" * 40, given["environment"], rows)
+
+    monkeypatch.setattr(_guard, "run", run)
+    options = ["--only", CASE.id, "--against", "v1", "--set", "A=b=c", "--set", "D=", "--rounds", "7"]
+    done = command(*options, "--json", str(tmp_path / "r.json"), *(["--fail"] if fail else []))
+    assert done.exit_code == code, done.output
+    assert asked == ["v1", [CASE.id], {"environment": {"A": "b=c", "D": ""}, "quick": True, "rounds": 7}]
+    assert "v1: new" in done.output and f"2 rows: 1 {verdict}, 1 no ratio" in done.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["against"]["revision"] == "v1" and found["rows"][0]["verdict"] == verdict
+
+
+def test_a_wrong_command_line_says_what_is_wrong() -> None:
+    for arguments in (["--fail"], ["--set", "A=b"], ["--against", "HEAD", "--set", "A"]):
+        assert command(*arguments).exit_code == 2
+    assert command("--against", "HEAD", "--compare", "peft").exit_code == 2
+    done = command("--against", "no such revision", "--only", CASE.id)
+    assert done.exit_code == 3 and "--against" in done.output
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
