@@ -193,14 +193,15 @@ def hydragen_inputs(inputs: Inputs) -> Inputs:
 
 def flashinfer_cascade(page: int = 16) -> System:
     """FlashInfer's cascade of two levels over a cache in pages of ``page`` tokens: the prefix for all queries, then
-    every row's own. Planned once, as a model plans once for all of its layers."""
+    every row's own. Planned once, as a model plans once for all of its layers. Tables and arguments are those of
+    flashinfer-python 0.7.2; its kernels are for 16 bits."""
 
     def prepare(inputs: Inputs) -> tuple[Any, ...]:
         query, key, value, prefix_key, prefix_value = inputs
         try:
             flashinfer = importlib.import_module("flashinfer")
         except ImportError as error:
-            raise Unavailable(f"{error}; it needs a GPU") from None
+            raise Unavailable(f"{error}; it needs a GPU (pip install flashinfer-python==0.7.2.post1)") from None
         rows, heads, queries, width = query.shape
         cache = torch.cat(
             [pages(x, page) for x in (torch.stack([prefix_key, prefix_value])[None], torch.stack([key, value], 1))]
@@ -322,7 +323,8 @@ class StaticCompiled:
             with recompiling():
                 first = self._run(ids)[1]["total"]
             self.compile_seconds = first - self._run(ids)[1]["total"]
-        return self._run(ids)
+        tokens, times = self._run(ids)
+        return tokens, {**times, "compile": self.compile_seconds}
 
     def _run(self, ids: Tensor) -> tuple[Tensor, Times]:
         length = self.prefix.num_virtual_tokens + ids.shape[1] + self.new

@@ -107,11 +107,14 @@ def make_inputs(shape: Shape) -> tuple[Tensor, ...]:
     return query, *own, *torch.randn(2, shape.kv_heads, shape.prefix, shape.head_dim)
 
 
+def forward_systems() -> dict[str, System]:
+    return {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_peers()}
+
+
 def prepare_forward(shape: Shape, cold: bool, names: frozenset[str]) -> Prepared:
     """The reference is exact, so its tolerance holds for every system: rounding of float32, some thousand keys."""
-    systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_peers()}
     return short_calls(
-        {name: system for name, system in systems.items() if name in names},
+        {name: system for name, system in forward_systems().items() if name in names},
         lambda: make_inputs(shape),
         lambda x: ops.prefix_attention(*(t.double() for t in x), backend="reference"),
         cold=COLD_BYTES if cold else 0,
@@ -162,7 +165,7 @@ def cases() -> Iterator[Case]:
                 "op",
                 f"{name}-cold" if cold else name,
                 {**shape.work, "inputs": "cold" if cold else "warm"},
-                ("ours", *attention_peers()),
+                tuple(forward_systems()),
                 partial(prepare_forward, shape, cold),
                 (OP,),
                 quick=shape.prefix == 512,

@@ -144,10 +144,9 @@ def test_generation_is_ours() -> None:
     expected, times = _peers.greedy(model, ids, 5, prompt="p")
     assert expected.shape == (3, 5) and 0 < times["first token"] < times["total"]
     peers["static-compiled"].config.backend = "eager"  # inductor takes half a minute, and its results are PyTorch's
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for name, turn in peers.items():
         found, times = turn(ids)
         assert torch.equal(found, expected), name
         assert 0 < times["first token"] < times["total"]
-    assert peers["static-compiled"].compile_seconds > 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled and times["compile"] > 0
