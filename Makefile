@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
+BENCH_ARGS ?= --quick
+BENCH_OUT ?= build/bench
 RESOURCES_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -26,7 +28,7 @@ VLLM_TEST_ARGS ?=
 CSRC := $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help install assets demo test test-vllm lint format native sanitize resources gpu clean
+.PHONY: help install assets demo test test-vllm lint format native sanitize resources bench gpu clean
 
 help:
 	@echo "make demo     train, save, load and time a soft prompt on real text (4 to 6 minutes on two cores)"
@@ -36,6 +38,7 @@ help:
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make native   rebuild the C++ extension and say how long it took; fails if it cannot be built"
 	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
+	@echo "make bench    time this package against others here (about ten minutes on two cores); ends with a page to read"
 	@echo "make gpu      build, test and measure on a GPU, with the packages that PYTHON has (9 minutes at most)"
 	@echo "make resources compile every Triton kernel, with every configuration that ships, for GPUs that need not be here"
 	@echo "make clean    remove what the targets above made"
@@ -107,6 +110,12 @@ native: $(DEPS)
 # The extension goes to build/sanitize; the installed one stays. SANITIZE_ARGS: pytest's, instead of all tests.
 sanitize: install
 	$(PY) tests/sanitize.py $(SANITIZE_ARGS)
+
+# BENCH_ARGS: --full, or sets and options (softprompt-fast bench --help).
+bench: assets
+	$(PY) -m softprompt_fast.cli bench $(BENCH_ARGS) --json $(BENCH_OUT)/rows.json --plot $(BENCH_OUT) \
+	  --report $(BENCH_OUT)/benchmarks.md
+	@echo "read $(BENCH_OUT)/benchmarks.md"
 
 # With PYTHON and what it finds, no environment of its own: such machines have no network. GPU_ARGS: see --help.
 gpu:

@@ -21,6 +21,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-360M": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560,
+        "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "bos_token_id": 1, "eos_token_id": None,
+        "pad_token_id": 2,
+    },
     "Llama-3.2-1B": {
         **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,

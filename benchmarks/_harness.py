@@ -7,7 +7,9 @@ the median of the ratios of single rounds, and its spread runs from their 20th t
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -44,27 +46,40 @@ def backends(op: str) -> list[str]:
     return [name for name in heuristics.backend_order("cpu") if not reasons[name]]
 
 
-def interleave(systems: Systems, rounds: int, *, turn: float = 2e-3) -> Samples:
-    """Seconds a call, one number a round. A system's turn lasts about ``turn`` seconds: short calls are repeated, as
-    one of them is below what a clock and a scheduler resolve, after one untimed call that finds the caches as the
-    system before left them."""
+class Repeated:
+    """A system whose turn lasts about ``turn`` seconds: short calls are repeated, as one of them is below what a clock
+    and a scheduler resolve, after one untimed call that finds the caches as the system before left them.
 
-    def seconds(system: Callable[[], Any], calls: int) -> float:
+    Args:
+        system: called with one of `sets` at a time, in turn. The result that a turn gives is that of the first set.
+    """
+
+    def __init__(self, system: Callable[..., Any], sets: Sequence[tuple] = ((),), turn: float = 2e-3) -> None:
+        self.system, self.first, self.sets = system, sets[0], itertools.cycle(sets)
+        system(*self.first)  # allocates, compiles
+        self.calls = max(1, round(turn / min(self._seconds(1)[1] for _ in range(3))))
+        self.untimed = self.calls > 1 or len(sets) > 1
+
+    def _seconds(self, calls: int) -> tuple[Any, float]:
         started = time.perf_counter()
         for _ in range(calls):
-            system()
-        return (time.perf_counter() - started) / calls
+            result = self.system(*next(self.sets))
+        return result, (time.perf_counter() - started) / calls
 
-    calls = {}
-    for name, system in systems.items():
-        system()  # allocates, compiles
-        calls[name] = max(1, round(turn / min(seconds(system, 1) for _ in range(3))))
+    def __call__(self) -> tuple[Any, float]:
+        """A result, and seconds a call."""
+        found = self.system(*self.first) if self.untimed else None
+        result, seconds = self._seconds(self.calls)
+        return (found if self.untimed else result), seconds
+
+
+def interleave(systems: Systems, rounds: int, *, turn: float = 2e-3) -> Samples:
+    """Seconds a call, one number a round. Turns are those of :class:`Repeated`."""
+    turns = {name: Repeated(system, turn=turn) for name, system in systems.items()}
     samples: Samples = {name: [] for name in systems}
     for _ in range(rounds):
-        for name, system in systems.items():
-            if calls[name] > 1:
-                system()
-            samples[name].append(seconds(system, calls[name]))
+        for name, one in turns.items():
+            samples[name].append(one()[1])
     return samples
 
 
@@ -97,6 +112,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": low, "p80": high}
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """At least 95% confidence for the median, whatever the distribution: the widest-apart order statistics that a
+    binomial leaves inside (all of fewer than six values, whose confidence is then less)."""
+    ordered, count = sorted(values), len(values)
+    cut, below = 0, 0.5**count
+    while 2 * below <= 0.05:
+        cut += 1
+        below += math.comb(count, cut) * 0.5**count
+    return ordered[max(0, cut - 1)], ordered[count - max(1, cut)]
+
+
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Spread of the ratios of single rounds; ``over``: the other system's seconds, ``under``: ours."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
@@ -125,6 +151,9 @@ class Machine:
         }
         expected = F.linear(x, weight)
         torch.testing.assert_close(self.systems["GEMM, oneDNN"](), expected, rtol=1e-4, atol=1e-3)
+
+    def turns(self) -> dict[str, Repeated]:
+        return {name: Repeated(system) for name, system in self.systems.items()}
 
     def rates(self, samples: Samples) -> dict[str, dict[str, float]]:
         """GFLOP/s and GB/s."""

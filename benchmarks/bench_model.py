@@ -1,51 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M behind a soft prompt: this package against PEFT, against transformers with the prefix expanded, and
+"""``generate`` behind a soft prompt: this package against PEFT, against transformers with the prefix expanded, and
 against vLLM with ``prompt_embeds`` and prefix caching.
 
-    python benchmarks/bench_model.py serve --batch 32 --virtual-tokens 512 --own 16 --new 32
-    python benchmarks/bench_model.py serve --batch 32 --systems ours,vllm --vllm-python vllm-env/bin/python
-    python benchmarks/bench_model.py serve --batch 1 --virtual-tokens 100 --own 16 --new 32
+    softprompt-fast bench model
+    softprompt-fast bench --only model/generate-demo-b32-p512 --full
 
-The systems take turns (A B C, A B C, ...), one computing while the others rest, so that a machine that slows down
-slows all of them; see ``_harness.py``. All get the same soft prompt, and in every round the same new own tokens, as a
-server would: nothing but the soft prompt comes back. Before any ratio is printed, outputs are compared: a speed-up
-over a different answer is none. vLLM lives in an environment of its own, see ``bench_vllm.py``.
+All get the same soft prompt, and in every round the same new own tokens, as a server would: only the soft prompt
+comes back. vLLM lives in an environment of its own, see ``bench_vllm.py``; ``SOFTPROMPT_FAST_VLLM_PYTHON`` says where
+(default: ``.venv-vllm`` of the checkout, which ``make test-vllm`` makes), and ``SOFTPROMPT_FAST_VLLM_PRELOAD`` is its
+LD_PRELOAD, for which it recommends tcmalloc and libiomp5.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import tempfile
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Times, Turns, ratio, show, shown, spread, take_turns, write_json
-from rich.table import Table
+from _bases import DEMO, make_base
+from _harness import ROOT, Times
+from _peers import generation_peers, greedy
+from _prompts import make_peft, make_prompt, prompt_values
+from _suite import OURS, Case, Prepared, Turn, reason
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import softprompt_fast as spf
-from softprompt_fast.demo.assets import demo_model_dir, load_demo_model
+from softprompt_fast.demo.assets import demo_model_dir
 
 SHARED = "softprompt_fast.integrations.vllm.shared_prefix.SharedPrefixWorker"
+DIFFERING = 0.02
+"""Share of greedy tokens that may differ: where two logits are as good as equal, rounding decides."""
 
 
-class FirstToken(LogitsProcessor):
-    """Notes when the first token's logits arrive."""
+@dataclass(frozen=True)
+class Shape:
+    """Of a call: rows, virtual tokens, own and new tokens a row."""
 
-    def __init__(self) -> None:
-        self.at: float | None = None
+    batch: int
+    virtual_tokens: int
+    own: int = 16
+    new: int = 32
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.at is None:
-            self.at = time.perf_counter()
-        return scores
+    @property
+    def work(self) -> dict[str, Any]:
+        return {"B": self.batch, "P": self.virtual_tokens, "S": self.own, "new": self.new, "dtype": "float32"}
 
 
 class Vllm:
@@ -55,17 +61,19 @@ class Vllm:
         RuntimeError: it did not start; the message holds the end of what it printed.
     """
 
-    def __init__(self, args: argparse.Namespace, prompt: Tensor, shared: bool = False) -> None:
-        self.new = args.new
+    def __init__(self, python: str, shape: Shape, prompt: Tensor, shared: bool = False) -> None:
+        self.new = shape.new
         self.folder = tempfile.TemporaryDirectory()
         file, log = Path(self.folder.name) / "prompt.safetensors", Path(self.folder.name) / "log"
         save_file({"prompt": prompt.detach().contiguous()}, file)
         script = Path(__file__).with_name("bench_vllm.py")
-        command = [str(args.vllm_python), str(script), "--model", str(demo_model_dir()), "--prompt", str(file)]
-        command += ["--tokens", str(args.virtual_tokens + args.own + args.new)]
-        if args.vllm_block_size:
-            command += ["--block-size", str(args.vllm_block_size)]
-        environment = os.environ | ({"LD_PRELOAD": args.vllm_preload} if args.vllm_preload else {})
+        command = [python, str(script), "--model", str(demo_model_dir()), "--prompt", str(file)]
+        command += ["--tokens", str(shape.virtual_tokens + shape.own + shape.new)]
+        if shape.virtual_tokens < 128:  # its prefix cache holds whole blocks, of 128 tokens by default
+            command += ["--block-size", "32"]
+        environment = dict(os.environ)
+        if preload := os.environ.get("SOFTPROMPT_FAST_VLLM_PRELOAD"):
+            environment["LD_PRELOAD"] = preload
         if shared:
             command += ["--worker-extension", SHARED]
             environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
@@ -85,7 +93,7 @@ class Vllm:
         print(json.dumps({"ids": ids.tolist(), "new": self.new}), file=self.process.stdin, flush=True)
         answer = self._read()
         self.setting["cached"] = answer["cached"]
-        return torch.tensor(answer["ids"]), answer["times"]
+        return torch.tensor(answer["ids"]), a_token(answer["times"], self.new)
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -99,135 +107,111 @@ class Vllm:
         self.folder.cleanup()
 
 
-def make_models(base: Any, virtual_tokens: int) -> tuple[Any, spf.SoftPromptModel]:
-    """A PEFT prompt-tuning model with random virtual tokens of the vocabulary's scale, and ours over its tensors."""
-    from peft import PromptTuningConfig, get_peft_model
-
-    peft_model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens))
-    weight = peft_model.prompt_encoder["default"].embedding.weight
-    with torch.no_grad():
-        rows = torch.randint(0, base.config.vocab_size, (virtual_tokens,))
-        weight.copy_(base.get_input_embeddings().weight[rows] + 0.01 * torch.randn_like(weight))
-    return peft_model, spf.accelerate(peft_model)
+def a_token(times: Times, new: int) -> Times:
+    """With the seconds a token after the first."""
+    return times | ({"token": (times["total"] - times["first token"]) / (new - 1)} if new > 1 else {})
 
 
-def serve(args: argparse.Namespace) -> dict[str, Any]:
-    base, _ = load_demo_model()
-    base.generation_config.eos_token_id = None
-    peft_model, ours = make_models(base, args.virtual_tokens)
-    ours.eval()
-    ones = torch.ones(args.batch, args.own, dtype=torch.long)
-    prefix = ours.compile_prompt("default")
+@lru_cache(maxsize=1)
+def _loaded(base_name: str) -> tuple[Any, spf.SoftPromptModel]:
+    """A base for the peers, and this package's model over one of its own; kept for the cases that follow."""
+    bases = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        bases.append(make_base(base_name, torch.device("cpu"), torch.float32))
+        bases[-1].generation_config.eos_token_id = None
+        bases[-1].generation_config.pad_token_id = 0
+    return bases[0], spf.SoftPromptModel(bases[1]).eval()
 
-    def run(model: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Times]:
-        first = FirstToken()
-        started = time.perf_counter()
-        out = model(
-            input_ids=ids,
-            max_new_tokens=args.new,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([first]),
-            **kwargs,
-        )
-        ended = time.perf_counter()
-        assert first.at is not None
-        return out[:, args.own :], {"first token": first.at - started, "total": ended - started}
 
-    def run_expanded(ids: Tensor) -> tuple[Tensor, Times]:
-        started = time.perf_counter()
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(key.expand(args.batch, -1, -1, -1), value.expand(args.batch, -1, -1, -1), layer)
-        filled = time.perf_counter() - started
-        mask = torch.ones(args.batch, args.virtual_tokens + args.own, dtype=torch.long)
-        out, times = run(base.generate, ids, past_key_values=cache, attention_mask=mask)
-        return out, {name: seconds + filled for name, seconds in times.items()}
+def differing(found: Tensor, expected: Tensor) -> float:
+    """Share of greedy tokens ``[B, new]`` that differ, up to a row's first difference: what follows one continues
+    another text."""
+    unequal = found != expected
+    seen = unequal.cumsum(1) <= unequal  # up to the first difference and with it
+    return float((unequal & seen).sum() / seen.sum())
 
-    systems: Turns = {
-        "ours": lambda ids: run(ours.generate, ids, attention_mask=ones),
-        "expanded": run_expanded,
-        "peft": lambda ids: run(peft_model.generate, ids, attention_mask=ones),
+
+def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
+    base, model = _loaded(base_name)
+    name, values = f"p{shape.virtual_tokens}", prompt_values(base, shape.virtual_tokens, 0)
+    if name not in model.prompt_names:
+        model.add_prompt(name, make_prompt(model.base, values))
+    prefix = model.compile_prompt(name)
+    ones = torch.ones(shape.batch, shape.own, dtype=torch.long)
+    turns: dict[str, Turn] = {
+        OURS: lambda ids: greedy(model, ids, shape.new, attention_mask=ones, prompt=name),
+        **generation_peers(base, prefix, shape.new),
     }
-    systems = {name: system for name, system in systems.items() if name in args.systems}
-    result: dict[str, Any] = {"prefix_bytes": prefix.nbytes}
-    engines: list[Vllm] = []
-    for name in ("vllm", "vllm-shared"):
-        if name not in args.systems:
-            continue
-        if args.vllm_python is None:
-            print(f"{name}: skipped, --vllm-python does not say where it is installed")
-            continue
+    if "peft" in names:
+        peft = make_peft(base, {name: values})
+        turns["peft"] = lambda ids: greedy(peft, ids, shape.new, attention_mask=ones)
+    engines, skipped = [], {}
+    for engine in names & VLLM:
         try:
-            engine = Vllm(args, peft_model.prompt_encoder["default"].embedding.weight, name == "vllm-shared")
+            engines.append(Vllm(vllm_python(), shape, values, shared=engine == "vllm-shared"))
+            turns[engine] = engines[-1]
         except (OSError, RuntimeError) as error:
-            print(f"{name}: skipped, it does not start: {error}")
-            continue
-        engines.append(engine)
-        systems[name], result[name] = engine, engine.setting
-    try:
-        # PEFT's first round is minutes long, and the allocator is warm by then.
-        samples, outputs = take_turns(
-            systems,
-            lambda: torch.randint(0, base.config.vocab_size, (args.batch, args.own)),
-            args.rounds,
-            args.warmup,
-            cold={"peft"},
-        )
-    finally:
+            skipped[engine] = reason(error)
+
+    def with_tokens(turn: Turn, ids: Tensor) -> tuple[Tensor, Times]:
+        out, times = turn(ids)
+        return out, a_token(times, shape.new)
+
+    def close() -> None:
         for engine in engines:
             engine.close()
-    texts = {name: torch.cat(output) for name, output in outputs.items()}  # [rounds * B, new]
-    same = {name: text == texts["ours"] for name, text in texts.items() if name != "ours"}
-    result["agreement"] = {
-        name: {"tokens": float(equal.float().mean()), "whole rows": float(equal.all(1).float().mean())}
-        for name, equal in same.items()
-    }
-    return result | {"samples": samples}
 
-
-def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    table = Table(title=f"{args.workload}: batch {args.batch}, P {args.virtual_tokens}, own tokens {args.own}")
-    for column in ("system", "what", "median (p20 to p80)", "ours is faster by"):
-        table.add_column(column)
-    ours, result["ratios"] = result["samples"]["ours"], {}
-    for name, whats in result["samples"].items():
-        for what, seconds in whats.items():
-            compared = ""
-            if name != "ours":
-                result["ratios"][f"{name}, {what}"] = ratio(seconds, ours[what])
-                compared = shown(result["ratios"][f"{name}, {what}"])
-            table.add_row(name, what, shown(spread(seconds), " s"), compared)
-    print("agreement with ours:", json.dumps(result["agreement"]))
-    show(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=["serve"])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--virtual-tokens", type=int, default=512)
-    parser.add_argument("--own", type=int, default=16)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument(
-        "--systems",
-        default="ours,expanded,peft,vllm",
-        help="which, with commas; ours always; there is vllm-shared, too",
+    flops, moved = needed(base, shape, prefix.nbytes)
+    vocabulary = base.get_input_embeddings().num_embeddings
+    return Prepared(
+        {one: partial(with_tokens, turns[one]) for one in turns if one in names},
+        lambda ids, out: {one: differing(tokens, out[OURS]) for one, tokens in out.items()},
+        "share of greedy tokens that differ from ours, up to a row's first difference",
+        DIFFERING,
+        inputs=lambda: torch.randint(0, vocabulary, (shape.batch, shape.own)),
+        flops=flops,
+        moved=moved,
+        skipped=skipped,
+        close=close,
     )
-    parser.add_argument("--vllm-python", type=Path, help="the Python of an environment with vLLM")
-    parser.add_argument("--vllm-preload", help="LD_PRELOAD for vLLM, which recommends tcmalloc and libiomp5")
-    parser.add_argument("--vllm-block-size", type=int, help="tokens a block of vLLM's cache; 32 if P < 128")
-    parser.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
-    args = parser.parse_args()
-    args.systems = {"ours", *args.systems.split(",")}
-    torch.manual_seed(0)
-    result = serve(args)
-    report(result, args)
-    if args.json:
-        shape = ("workload", "batch", "virtual_tokens", "own", "new", "rounds")
-        write_json(args.json, {"shape": {name: getattr(args, name) for name in shape}, **result})
 
 
-if __name__ == "__main__":
-    main()
+def vllm_python() -> str:
+    """Raises: FileNotFoundError: there is none."""
+    python = os.environ.get("SOFTPROMPT_FAST_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+    if not Path(python).is_file():
+        raise FileNotFoundError("vLLM: SOFTPROMPT_FAST_VLLM_PYTHON does not say where it is installed")
+    return python
+
+
+def needed(base: Any, shape: Shape, prefix_bytes: int) -> tuple[float, float]:
+    """Floating-point operations of the products with weights, and bytes: weights, and the prefix, read once a pass."""
+    embeddings = {id(base.get_input_embeddings().weight), id(base.get_output_embeddings().weight)}
+    layers = sum(p.numel() for p in base.parameters() if p.dim() == 2 and id(p) not in embeddings)
+    head = base.get_output_embeddings().weight.numel()
+    flops = 2.0 * shape.batch * (layers * (shape.own + shape.new - 1) + head * shape.new)
+    return flops, shape.new * (4.0 * (layers + head) + prefix_bytes)
+
+
+VLLM = {"vllm", "vllm-shared"}
+SYSTEMS = ("ours", "expanded", "static-compiled", "peft", "vllm", "vllm-shared")
+SHAPES = {
+    # Base, shape, what is left out of the quick run (None: the case is).
+    "demo-b1-p100": (DEMO, Shape(1, 100), {"static-compiled", *VLLM}),
+    "demo-b8-p128": (DEMO, Shape(8, 128), {"static-compiled", *VLLM}),
+    "demo-b16-p20": (DEMO, Shape(16, 20), None),
+    "demo-b32-p512": (DEMO, Shape(32, 512), {"static-compiled", "peft", *VLLM}),
+    "360m-b8-p128": ("SmolLM2-360M", Shape(8, 128, new=16), {"static-compiled", "peft"}),
+}
+
+
+def cases() -> Iterator[Case]:
+    for name, (base, shape, slow) in SHAPES.items():
+        # vLLM's package reads a model from its folder, which one with random weights has not.
+        systems = SYSTEMS if base == DEMO else SYSTEMS[:-2]
+        work = {"base": base, **shape.work}
+        options: dict[str, Any] = {"quick": slow is not None, "slow": frozenset(slow or ()), "rounds": (3, 7)}
+        # PEFT's first round may last a minute, and the allocator is warm by then.
+        options["cold"] = frozenset({"peft"})
+        yield Case("model", f"generate-{name}", work, systems, partial(prepare, base, shape), ("generate",), **options)

@@ -1,53 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """prefix_attention on the CPU against PyTorch's own attention over the expanded prefix, fp32.
 
-    python benchmarks/bench_prefix_attention.py decode      # a batch; also the share of the machine's roofline
-    python benchmarks/bench_prefix_attention.py decode1     # a lone row
-    python benchmarks/bench_prefix_attention.py prefill     # also against FlexAttention, compiled
-    python benchmarks/bench_prefix_attention.py backward    # against autograd through the torch backend
-    python benchmarks/bench_prefix_attention.py sweep       # 240 shapes: does "auto" ever pick a slower backend?
-    python -m pytest benchmarks/bench_prefix_attention.py --benchmark-group-by=param:shape
+    softprompt-fast bench --only 'op/prefix_attention*'
+    python benchmarks/bench_prefix_attention.py             # 240 shapes: does "auto" ever pick a slower backend?
+    python -m pytest benchmarks/bench_prefix_attention.py   # one system after the other
 
-All but the last time systems that take turns, after their results were found to agree; see ``_harness.py``. "Warm":
-the same inputs again and again, as far as they fit in the caches. "Cold": as in a model of many layers, every call
-finds inputs that the caches no longer hold.
+"Warm": the same inputs again and again, as far as they fit in the caches. "Cold": as in a model of many layers, every
+call finds inputs that the caches no longer hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from _harness import (
-    Machine,
-    Systems,
-    backends,
-    fastest,
-    interleave,
-    milliseconds,
-    ratio,
-    show,
-    shown,
-    write_json,
-)
+from _gpu import System
+from _harness import Systems, backends, fastest, interleave, ratio, show, shown, write_json
+from _peers import SLOW, attention_peers, sdpa, with_mask
+from _peers import expanded as expand
+from _suite import Case, Prepared, one_system, pairs, short_calls
 from rich.table import Table
 from torch import Tensor
 
 from softprompt_fast import ops
-from softprompt_fast.testing import assert_within_noise
 
+OP = "prefix_attention"
 COLD_BYTES = 128 << 20
 """A system's inputs together, where they are to be cold: several times a last-level cache."""
 
@@ -67,6 +55,13 @@ class Shape:
             f"B{self.batch} S{self.queries} T{self.own} P{self.prefix} Hq{self.q_heads} Hkv{self.kv_heads} "
             f"D{self.head_dim}"
         )
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """For a row of the suite."""
+        sizes = {"B": self.batch, "S": self.queries, "T": self.own, "P": self.prefix}
+        heads = {"Hq": self.q_heads, "Hkv": self.kv_heads, "D": self.head_dim}
+        return {**sizes, **heads, "dtype": "float32"}
 
     @property
     def flops(self) -> float:
@@ -112,141 +107,71 @@ def make_inputs(shape: Shape) -> tuple[Tensor, ...]:
     return query, *own, *torch.randn(2, shape.kv_heads, shape.prefix, shape.head_dim)
 
 
-def expand(shape: Shape, inputs: tuple[Tensor, ...], heads: int | None = None) -> tuple[Tensor, ...]:
-    """Query, keys and values with a copy of the prefix in every row, and the mask that more than one query needs;
-    ``heads``: key/value heads are repeated to as many."""
-    query, *own, prefix_key, prefix_value = inputs
-    keys, values = (
-        torch.cat([prefix.expand(shape.batch, -1, -1, -1), x], 2)
-        for prefix, x in zip((prefix_key, prefix_value), own, strict=True)
+def forward_systems() -> dict[str, System]:
+    return {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_peers()}
+
+
+def prepare_forward(shape: Shape, cold: bool, names: frozenset[str]) -> Prepared:
+    """The reference is exact, so its tolerance holds for every system: rounding of float32, some thousand keys."""
+    return short_calls(
+        {name: system for name, system in forward_systems().items() if name in names},
+        lambda: make_inputs(shape),
+        lambda x: ops.prefix_attention(*(t.double() for t in x), backend="reference"),
+        cold=COLD_BYTES if cold else 0,
+        flops=shape.flops,
+        moved=shape.moved,
     )
-    if heads is not None:
-        keys, values = (x.repeat_interleave(heads // shape.kv_heads, 1) for x in (keys, values))
-    if shape.queries == 1:
-        return query, keys, values
-    columns = keys.shape[2]
-    visible = torch.ones(shape.queries, columns, dtype=torch.bool).tril(columns - shape.queries)
-    return query, keys, values, torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
 
 
-def sdpa(*args: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*args, enable_gqa=args[0].shape[1] != args[1].shape[1])
-
-
-def flex_attention(shape: Shape) -> Callable[..., Tensor]:
-    """FlexAttention, compiled for "prefix, then own keys up to the query's".
-
-    Raises:
-        Exception: whatever inductor says where it cannot compile it.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
-    offset = shape.prefix + shape.own - shape.queries
-    columns = shape.prefix + shape.own
-    mask = create_block_mask(lambda b, h, i, j: j <= i + offset, None, None, shape.queries, columns, device="cpu")
-    compiled = torch.compile(flex)
-
-    def call(query: Tensor, key: Tensor, value: Tensor, *unused: Tensor) -> Tensor:
-        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
-
-    return call
-
-
-def forward_systems(shape: Shape, backend: str | None, cold: bool) -> Systems:
-    """Ours, SDPA over the expanded cache as it is and with heads repeated, and (prefill) FlexAttention over both."""
-
-    def ours(*inputs: Tensor) -> Tensor:
-        return ops.prefix_attention(*inputs, backend=backend)
-
-    def grouped(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return expand(shape, inputs)
-
-    def repeated(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return expand(shape, inputs, shape.q_heads)
-
-    calls = {"ours": (ours, lambda inputs: inputs), "SDPA": (sdpa, grouped), "SDPA, heads repeated": (sdpa, repeated)}
-    if shape.queries > 1:
-        flex = flex_attention(shape)
-        calls |= {"FlexAttention": (flex, grouped), "FlexAttention, heads repeated": (flex, repeated)}
-
-    inputs = make_inputs(shape)
-    oracle = ops.prefix_attention(*(x.double() for x in inputs), backend="reference")
-    baseline = sdpa(*grouped(inputs))
-    systems: Systems = {}
-    for name, (call, prepare) in calls.items():
-        prepared = prepare(inputs)
-        try:
-            result = call(*prepared)
-        except Exception as error:
-            if not name.startswith("FlexAttention"):
-                raise
-            print(f"{name}: skipped, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            continue
-        if name == "ours":
-            assert_within_noise(result, oracle, baseline, f"{shape}: {name}")
-        else:
-            torch.testing.assert_close(result, baseline)
-        sets = [prepared]
-        if cold:
-            size = sum(x.numel() * x.element_size() for x in prepared)
-            sets += [prepare(make_inputs(shape)) for _ in range(math.ceil(COLD_BYTES / size) - 1)]
-        turns = itertools.cycle(sets)
-        systems[name] = lambda call=call, turns=turns: call(*next(turns))
-    return systems
-
-
-def backward_systems(shape: Shape, backend: str | None) -> Systems:
-    """The backward pass alone, all five gradients: of ours, and of the torch backend."""
-    inputs = [x.requires_grad_() for x in make_inputs(shape)]
+def prepare_backward(shape: Shape, names: frozenset[str]) -> Prepared:
+    """The backward pass alone, all five gradients: of ours, and of autograd through the torch backend."""
     grad = torch.randn(shape.batch, shape.queries, shape.q_heads, shape.head_dim).transpose(1, 2)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    oracle = torch.autograd.grad(ops.prefix_attention(*exact, backend="reference"), exact, grad.double())
-    systems: Systems = {}
-    for name, chosen in (("ours", backend), ("torch", "torch")):
-        out = ops.prefix_attention(*inputs, backend=chosen)
-        systems[name] = lambda out=out: torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    names = ("query", "key", "value", "prefix_key", "prefix_value")
-    for name, *results in zip(names, systems["ours"](), oracle, systems["torch"](), strict=True):
-        assert_within_noise(*results, f"{shape}: gradient of {name}")
-    return systems
+
+    def make() -> list[Tensor]:
+        return [x.requires_grad_() for x in make_inputs(shape)]
+
+    def system(backend: str | None) -> System:
+        def recorded(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            return ops.prefix_attention(*inputs, backend=backend), inputs
+
+        return System(lambda x: torch.autograd.grad(*x, grad, retain_graph=True), recorded)
+
+    def reference(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        return torch.autograd.grad(ops.prefix_attention(*exact, backend="reference"), exact, grad.double())
+
+    systems = {"ours": system(None), "autograd": system("torch")}
+    # Five products where the forward has two; all inputs, the result and its gradient read, all gradients written.
+    return short_calls(
+        {name: one for name, one in systems.items() if name in names},
+        make,
+        reference,
+        grad=True,
+        flops=2.5 * shape.flops,
+        moved=2 * shape.moved,
+    )
 
 
-def run_rows(args: argparse.Namespace) -> dict[str, Any]:
-    """The workloads of a few shapes: each against every system, and against the machine's rates."""
-    machine, rows = Machine(), []
-    backward = args.workload == "backward"
-    table = Table(title=f"{args.workload}, {torch.get_num_threads()} threads: median (p20 to p80)")
-    for column in ("shape", "inputs", "system", "ms", "ours is faster by", "of the roofline, MKL", "oneDNN"):
-        table.add_column(column)
-    # A prefill works on what it has just read: where its inputs come from makes no difference.
-    caches = (False, True) if args.workload.startswith("decode") else (False,)
-    for shape, cold in itertools.product(WORKLOADS[args.workload], caches):
-        with torch.set_grad_enabled(backward):
-            systems = backward_systems(shape, args.backend) if backward else forward_systems(shape, args.backend, cold)
-            samples = interleave(systems | machine.systems, args.rounds)
-        # Backward: five products where the forward has two; all inputs, the result and its gradient read, all
-        # gradients written.
-        flops, moved = (2.5 * shape.flops, 2 * shape.moved) if backward else (shape.flops, shape.moved)
-        row: dict[str, Any] = {"shape": asdict(shape), "inputs": "cold" if cold else "warm"}
-        row |= {"flops": flops, "bytes": moved, "rates": machine.rates(samples)}
-        row["share_of_roofline"] = machine.share_of_roofline(samples, samples["ours"], flops, moved)
-        row["ratios"] = {name: ratio(samples[name], samples["ours"]) for name in systems if name != "ours"}
-        row["fastest_other"] = fastest(samples, list(row["ratios"]))
-        row["samples"] = samples
-        rows.append(row)
-        for name in systems:
-            ours = name == "ours"
-            share = [shown(s, "%") for s in row["share_of_roofline"].values()] if ours else ["", ""]
-            best = " (the fastest other)" if name == row["fastest_other"] else ""
-            compared = "" if ours else shown(row["ratios"][name]) + best
-            place = (str(shape), row["inputs"]) if ours else ("", "")
-            table.add_row(*place, name, milliseconds(samples[name]), compared, *share)
-        del systems
-    show(table)
-    for name, rate in rows[-1]["rates"].items():
-        print(f"{name}: {shown(rate, ' GB/s' if name == 'copy' else ' GFLOP/s')}")
-    return {"rows": rows}
+def cases() -> Iterator[Case]:
+    for workload, shape in itertools.chain(*([(name, s) for s in shapes] for name, shapes in WORKLOADS.items())):
+        name = f"{OP}-{workload}-b{shape.batch}-p{shape.prefix}"
+        if workload == "backward":
+            systems, prepare = ("ours", "autograd"), partial(prepare_backward, shape)
+            yield Case("op", name, shape.work, systems, prepare, (OP,), rounds=(5, 25))
+            continue
+        # A prefill works on what it has just read: where its inputs come from makes no difference.
+        for cold in (False, True) if shape.queries == 1 else (False,):
+            yield Case(
+                "op",
+                f"{name}-cold" if cold else name,
+                {**shape.work, "inputs": "cold" if cold else "warm"},
+                tuple(forward_systems()),
+                partial(prepare_forward, shape, cold),
+                (OP,),
+                quick=shape.prefix == 512,
+                slow=SLOW & attention_peers().keys(),
+                rounds=(5, 25) if shape.queries > 1 else (15, 25),
+            )
 
 
 SWEEP_SHAPES = 240
@@ -281,8 +206,8 @@ def sweep_shapes() -> list[Shape]:
 def sweep_one(shape: Shape, backend: str | None) -> dict[str, Any]:
     """Time "auto" against every backend that it passes over; SDPA over a cache expanded beforehand is shown beside."""
     inputs = make_inputs(shape)
-    expanded = expand(shape, inputs)
-    baseline = sdpa(*expanded)
+    expanded = with_mask(expand(inputs))
+    baseline = sdpa(expanded)
     systems: Systems = {"ours": lambda: ops.prefix_attention(*inputs, backend=backend)}
     for name in backends("prefix_attention")[1:]:
         if name != "reference" or shape.reference_bytes <= REFERENCE_BYTES:
@@ -293,7 +218,7 @@ def sweep_one(shape: Shape, backend: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": asdict(shape), "remeasured": False}
     if not others:
         return row
-    samples = interleave(systems | {"SDPA": lambda: sdpa(*expanded)}, 5, turn=1e-3)
+    samples = interleave(systems | {"SDPA": lambda: sdpa(expanded)}, 5, turn=1e-3)
     best = fastest(samples, others)
     if ratio(samples[best], samples["ours"])["median"] < CLOSE:
         # As many rounds as two seconds hold, of the close ones alone.
@@ -332,36 +257,18 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "below_0.95": below}
 
 
-@pytest.mark.parametrize("system", ["ours", "SDPA"])
-@pytest.mark.parametrize("shape", dict.fromkeys(itertools.chain(*WORKLOADS.values())), ids=str)
-def test_prefix_attention(benchmark, shape: Shape, system: str) -> None:
-    """One row alone, warm: quick, and without a ratio to trust."""
-    inputs = make_inputs(shape)
-    expanded = expand(shape, inputs)
-    torch.testing.assert_close(ops.prefix_attention(*inputs), sdpa(*expanded))
-    call, args = (ops.prefix_attention, inputs) if system == "ours" else (sdpa, expanded)
-    with torch.no_grad():
-        benchmark(call, *args)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info.update(
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        bytes=shape.moved,
-        flops=shape.flops,
-        gigabytes_per_second=round(shape.moved / seconds / 1e9, 2),
-        gigaflops_per_second=round(shape.flops / seconds / 1e9, 1),
-    )
+@pytest.mark.parametrize(("case", "system"), **pairs(cases()))
+def test_prefix_attention(benchmark, case: Case, system: str) -> None:
+    one_system(benchmark, case, system)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=[*WORKLOADS, "sweep"])
     parser.add_argument("--backend", help='the backend to time as "ours"; default: auto')
-    parser.add_argument("--rounds", type=int, default=25, help="not of the sweep, which decides by shape")
     parser.add_argument("--json", type=Path, help="write the samples, ratios and the setting here")
     args = parser.parse_args()
     torch.manual_seed(0)
-    result = run_sweep(args) if args.workload == "sweep" else run_rows(args)
+    result = run_sweep(args)
     if args.json:
         write_json(args.json, result)
 

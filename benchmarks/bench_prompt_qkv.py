@@ -1,51 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prompt_qkv against its reference, which is one operator after the other, on the CPU. Run it with
+"""prompt_qkv against PyTorch's operators one after the other, on the CPU:
+``softprompt-fast bench --only 'op/prompt_qkv*'``, or alone, one system after the other:
 
-python -m pytest benchmarks/bench_prompt_qkv.py --benchmark-group-by=param:shape
+python -m pytest benchmarks/bench_prompt_qkv.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from _harness import backends
+from _gpu import System
+from _suite import Case, Prepared, one_system, pairs, short_calls
+from torch import Tensor
 
 from softprompt_fast import ops
 
+OP = "prompt_qkv"
 # Rows, own tokens, virtual tokens (0: plain hidden states); SmolLM2-135M's layer.
-SHAPES = {"compile P512": (1, 0, 512), "training B16 S32 P100": (16, 32, 100), "decode B32": (32, 1, 0)}
+SHAPES = {"compile-p512": (1, 0, 512), "train-b16-s32-p100": (16, 32, 100), "decode-b32": (32, 1, 0)}
 WIDTH, VOCABULARY, Q_HEADS, KV_HEADS, HEAD_DIM = 576, 49152, 9, 3, 64
+ROWS = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
 
 
-@pytest.mark.parametrize("backend", backends("prompt_qkv"))
-@pytest.mark.parametrize("shape", SHAPES)
-def test_prompt_qkv(benchmark, shape: str, backend: str) -> None:
-    batch, own, virtual = SHAPES[shape]
-    rows = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
+def prepare(shape: tuple[int, int, int], names: frozenset[str]) -> Prepared:
+    batch, own, virtual = shape
+    fixed: dict[str, Any] = {"weight": torch.randn(ROWS, WIDTH) / WIDTH**0.5, "norm_weight": torch.randn(WIDTH)}
     angles = torch.randn(1, virtual + own, HEAD_DIM)
-    call = {
-        "tokens": torch.randint(0, VOCABULARY, (batch, own)) if virtual else torch.randn(batch, own, WIDTH),
-        "weight": torch.randn(rows, WIDTH) / WIDTH**0.5,
-        "q_heads": Q_HEADS,
-        "kv_heads": KV_HEADS,
-        "norm_weight": torch.randn(WIDTH),
-        "cos": angles.cos(),
-        "sin": angles.sin(),
-    }
+    fixed |= {"cos": angles.cos(), "sin": angles.sin()}
     if virtual:
-        call |= {"table": torch.randn(VOCABULARY, WIDTH), "prompt": torch.randn(virtual, WIDTH)}
-    results = (ops.prompt_qkv(**call, backend=name) for name in (backend, "reference"))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        benchmark(ops.prompt_qkv, **call, backend=backend)
+        fixed["table"] = torch.randn(VOCABULARY, WIDTH)
+
+    def make() -> dict[str, Tensor]:
+        if virtual:
+            return {"tokens": torch.randint(0, VOCABULARY, (batch, own)), "prompt": torch.randn(virtual, WIDTH)}
+        return {"tokens": torch.randn(batch, own, WIDTH)}
+
+    def call(inputs: dict[str, Tensor], backend: str | None = None) -> tuple[Tensor, ...]:
+        return ops.prompt_qkv(**inputs, **fixed, q_heads=Q_HEADS, kv_heads=KV_HEADS, backend=backend)
+
+    def exact(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        given = {**inputs, **fixed}
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+        return ops.prompt_qkv(**wide, q_heads=Q_HEADS, kv_heads=KV_HEADS, backend="reference")
+
+    # The reference is the operators one after the other.
+    systems = {"ours": System(call), "pytorch": System(partial(call, backend="reference"))}
     tokens = batch * (own + virtual)
-    flops = 2 * tokens * rows * WIDTH
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info.update(
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        bytes=4 * (rows * WIDTH + tokens * (2 * WIDTH + rows)),
-        flops=flops,
-        gigaflops_per_second=round(flops / seconds / 1e9, 1),
+    return short_calls(
+        {name: system for name, system in systems.items() if name in names},
+        make,
+        exact,
+        flops=2 * tokens * ROWS * WIDTH,
+        moved=4 * (ROWS * WIDTH + tokens * (2 * WIDTH + ROWS)),
     )
+
+
+def cases() -> Iterator[Case]:
+    for name, shape in SHAPES.items():
+        batch, own, virtual = shape
+        work = {"B": batch, "S": own, "P": virtual, "H": WIDTH, "dtype": "float32"}
+        yield Case("op", f"{OP}-{name}", work, ("ours", "pytorch"), partial(prepare, shape), (OP,))
+
+
+@pytest.mark.parametrize(("case", "system"), **pairs(cases()))
+def test_prompt_qkv(benchmark, case: Case, system: str) -> None:
+    one_system(benchmark, case, system)

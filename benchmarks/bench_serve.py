@@ -5,7 +5,7 @@
     python benchmarks/bench_serve.py load --vllm-python vllm-env/bin/python --faults 0.2 \\
         --json benchmarks/results/cpu-2core-load.json
     python benchmarks/bench_serve.py load --base-url http://127.0.0.1:8000 --prompts FOLDER   # a server of one's own
-    python benchmarks/bench_serve.py report --into docs/serving-benchmarks.md
+    softprompt-fast bench serve                                 # ``mixed``, as rows of the suite
 
 ``mixed``: rows of many prompts, of different lengths, in one ``generate`` call, against the same rows one prompt after
 another, against PEFT with every adapter loaded and a loop over ``set_adapter``, and against transformers with the
@@ -28,7 +28,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ import _serve_load as load_client
 import torch
 from _bases import DEMO, make_base
 from _harness import ROOT, Times, Turns, markdown_setting, ratio, show, shown, spread, take_turns, write_json
+from _prompts import make_peft, make_prompt, prompt_values
+from _suite import Case, Prepared
+from bench_model import DIFFERING, differing
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
@@ -54,47 +58,6 @@ LENGTHS = (64, 96, 128, 160, 256, 320, 384, 512)
 LOAD_SHAPE = ("requests", "concurrent", "num_prompts", "shortest", "longest", "own_least", "own_most", "new")
 ASKED = {ONE_BY_ONE: 3.0, PEFT: 6.0}
 """Of the speed-up at the shape above."""
-
-
-# -- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def words_of(base: Any, count: int, generator: torch.Generator) -> Tensor:
-    """int64 ``[count]`` ids, not of the first tokens, which are special ones."""
-    vocabulary = base.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary // 100, vocabulary, (count,), generator=generator)
-
-
-def prompt_values(base: Any, length: int, number: int) -> Tensor:
-    """``[P, H]`` virtual tokens near the embeddings of random words, seeded: behind random values a deep base is so
-    far from any text that rounding alone changes what it says."""
-    generator = torch.Generator().manual_seed(1000 + number)
-    values = base.get_input_embeddings().weight.detach()[words_of(base, length, generator)].float()
-    return values + 0.01 * torch.randn(values.shape, generator=generator)
-
-
-def make_prompt(base: Any, values: Tensor) -> spf.SoftPrompt:
-    prompt = spf.SoftPrompt.for_model("PROMPT_TUNING", base, num_virtual_tokens=len(values))
-    (weight,) = prompt.parameters()
-    with torch.no_grad():
-        weight.copy_(values.reshape(weight.shape))
-    return prompt.requires_grad_(False)
-
-
-def make_peft(base: Any, prompts: dict[str, Tensor]) -> Any:
-    """PEFT's model with one prompt-tuning adapter for each of `prompts`."""
-    from peft import PromptTuningConfig, get_peft_model
-
-    model: Any = None
-    for name, values in prompts.items():
-        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(values))
-        if model is None:
-            model = get_peft_model(base, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        with torch.no_grad():
-            model.prompt_encoder[name].embedding.weight.copy_(values)
-    return model.eval()
 
 
 # -- one batch of many prompts ----------------------------------------------------------------------------------------
@@ -120,6 +83,14 @@ class Mixed:
             self.model.add_prompt(name, make_prompt(self.base, prompt))
         self.prefixes = {name: self.model.compile_prompt(name) for name in self.names}
         self.options = {"max_new_tokens": self.new, "do_sample": False}
+
+    def runs(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {
+            OURS: self.one_batch,
+            ONE_BY_ONE: self.one_by_one,
+            PEFT: self.with_peft,
+            EXPANDED: self.with_expanded,
+        }
 
     def inputs(self) -> Tensor:
         """int64 ``[rows, own]``."""
@@ -180,6 +151,51 @@ class Mixed:
         )
 
 
+# What the suite calls the systems, and its cases: the lengths of the prompts, and a row's own and new tokens.
+SUITE = {OURS: "ours", ONE_BY_ONE: "one-by-one", PEFT: "peft-loop", EXPANDED: "expanded"}
+CASES = {
+    "mixed-b8-n4": (8, (32, 64, 96, 128), 16, 16),
+    "mixed-b32-n8": (32, LENGTHS, 16, 32),
+}
+
+
+def prepare(base: str, batch: int, lengths: Sequence[int], own: int, new: int, names: frozenset[str]) -> Prepared:
+    """One batch of many prompts, as :func:`mixed` times it; every text is compared with that of its row alone."""
+    systems = {name for name, short in SUITE.items() if short in names}
+    bench = Mixed(
+        argparse.Namespace(base=base, batch=batch, virtual_tokens=lengths, own=own, new=new, systems=systems)
+    )
+    runs = bench.runs()
+
+    def differences(ids: Tensor, results: dict[str, Tensor]) -> dict[str, float]:
+        alone = bench.alone(ids)
+        return {name: differing(found, alone) for name, found in results.items()}
+
+    return Prepared(
+        {SUITE[name]: timed(runs[name]) for name in runs if name in systems},
+        differences,
+        "share of greedy tokens that differ from those of the row alone, up to a row's first difference",
+        DIFFERING,
+        inputs=bench.inputs,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for name, (batch, lengths, own, new) in CASES.items():
+        work = {"base": DEMO, "B": batch, "P": list(lengths), "S": own, "new": new, "dtype": "float32"}
+        yield Case(
+            "serve",
+            name,
+            work,
+            tuple(SUITE.values()),
+            partial(prepare, DEMO, batch, lengths, own, new),
+            ("bank",),
+            quick=name == "mixed-b8-n4",
+            rounds=(3, 5),
+            cold=frozenset({"peft-loop"}),
+        )
+
+
 def timed(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Times]]:
     def turn(ids: Tensor) -> tuple[Tensor, Times]:
         started = time.perf_counter()
@@ -192,8 +208,7 @@ def timed(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, T
 def mixed(args: argparse.Namespace) -> int:
     """Measure; the exit status says whether every text was that of its row alone."""
     bench = Mixed(args)
-    runs = {OURS: bench.one_batch, ONE_BY_ONE: bench.one_by_one, PEFT: bench.with_peft, EXPANDED: bench.with_expanded}
-    systems: Turns = {name: timed(run) for name, run in runs.items() if name in args.systems}
+    systems: Turns = {name: timed(run) for name, run in bench.runs().items() if name in args.systems}
     given: list[Tensor] = []
 
     def inputs() -> Tensor:
@@ -382,22 +397,11 @@ def print_load(result: dict[str, Any]) -> None:
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- results: bench_serve.py report -->", "<!-- end of results -->"
 
-
-def report(args: argparse.Namespace) -> int:
-    """Print the Markdown of the results, or put it between the marks of a file."""
-    files = args.files or [*sorted(RESULTS.glob("*-mixed.json")), *sorted(RESULTS.glob("*-load.json"))]
-    text = markdown([json.loads(path.read_text(encoding="utf-8")) for path in files])
-    if args.into is None:
-        print(text)
-        return 0
-    before, _, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{args.into}: expected the lines {BEGIN} and {END}")
-    args.into.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
-    return 0
+def report() -> str:
+    """Markdown of the results in benchmarks/results."""
+    files = [*sorted(RESULTS.glob("*-mixed.json")), *sorted(RESULTS.glob("*-load.json"))]
+    return markdown([json.loads(path.read_text(encoding="utf-8")) for path in files])
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
@@ -498,15 +502,12 @@ def main() -> int:
     for sub in (one, many):
         sub.add_argument("--new", type=int, default=32)
         sub.add_argument("--json", type=Path, help="write samples, ratios and the setting here")
-    written = commands.add_parser("report", help="Markdown of the results")
-    written.add_argument("files", nargs="*", type=Path, help="by default those of benchmarks/results")
-    written.add_argument("--into", type=Path, help="a file, between its marks")
     args = parser.parse_args()
     if args.command == "mixed":
         args.systems = {OURS, *args.systems}
         if args.batch % len(args.virtual_tokens):
             parser.error("--batch: the prompts would not have the same number of rows")
-    return {"mixed": mixed, "load": load, "report": report}[args.command](args)
+    return {"mixed": mixed, "load": load}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmarks/bench_train.py step --method CARTRIDGE --batch 16 --virtual-tokens 512 --own 64
     python benchmarks/bench_train.py step --batch 16 --virtual-tokens 100 --own 32 --micro-batches 4
     python benchmarks/bench_train.py table               # all shapes of the table, to benchmarks/results
-    python benchmarks/bench_train.py report --into docs/training-benchmarks.md
+    softprompt-fast bench train                          # seconds alone, as rows of the suite
 
 A step is the forward and the backward pass. The systems take turns (A B, A B, ...) in one process, with new tokens in
 every round, and before any ratio is printed their losses and gradients are compared: a speed-up over another gradient
@@ -23,13 +23,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _bases import DEMO, NAMES
 from _harness import ROOT, markdown_setting, ratio, show, shown, spread, take_turns, write_json
+from _suite import Case, Prepared
 from _training import GENERIC, METHODS, OURS, PEFT, SYSTEMS, Shape, Trainee, errors, limit_memory, memory
 from rich.table import Table
 
@@ -143,6 +145,66 @@ def memory_of_this_process(args: argparse.Namespace) -> None:
     for _ in range(2):
         trainee.step(torch.randint(0, vocabulary(trainee), (shape.batch, shape.own), device=device), shape)
     print(json.dumps({"after_loading": loaded, "peak": memory(device)["peak"]}))
+
+
+# -- cases of the suite -----------------------------------------------------------------------------------------------
+
+QUICK = ("b16-p100-s32", "b8-p20-s64")
+PEFT_PARTS = {"b32-p512-s64": 4}
+"""Micro-batches of PEFT where the whole batch needs more memory than such a machine has."""
+
+
+def prepare(shape: Shape, base: str, parts: int, names: frozenset[str]) -> Prepared:
+    """A step in float32 on the CPU, as :func:`step` times it; ``parts``: micro-batches of PEFT."""
+    trainees = {
+        name: Trainee.make(name, base, shape, torch.device("cpu"), torch.float32)
+        for name in (OURS, PEFT)
+        if name in names
+    }
+    limits, tokens = TOLERANCE[torch.float32], vocabulary(trainees[OURS])
+
+    def differences(ids: Any, results: dict[str, Any]) -> dict[str, float]:
+        """Of losses and of gradients, each over its tolerance: the larger; NaN for a NaN."""
+        found = {name: errors(results[OURS], result) for name, result in results.items()}
+        shares = {name: [e[what] / limits[what] for what in limits] for name, e in found.items()}
+        return {name: max(both) if all(x == x for x in both) else float("nan") for name, both in shares.items()}
+
+    weights = sum(p.numel() for p in trainees[OURS].model.base.parameters() if p.dim() == 2)
+    once = shape.virtual_tokens if shape.method == "PROMPT_TUNING" else 0
+    counts = {OURS: shape.micro_batches, PEFT: parts}
+    return Prepared(
+        {
+            name: lambda ids, trainee=trainee, count=counts[name]: trainee.step(ids, shape, count)
+            for name, trainee in trainees.items()
+        },
+        differences,
+        f"relative error of loss and of gradient, each over its tolerance ({limits['loss']:.0e}, "
+        f"{limits['gradient']:.0e})",
+        1.0,
+        inputs=lambda: torch.randint(0, tokens, (shape.batch, shape.own)),
+        # Forward and the gradient of every product's input; no weight has a gradient.
+        flops=4.0 * weights * (once + shape.batch * shape.own),
+        moved=2 * 4.0 * weights,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for name, (shape, _) in TABLE.items():
+        work = {"base": DEMO, "B": shape.batch, "P": shape.virtual_tokens, "S": shape.own, "dtype": "float32"}
+        work |= {"method": shape.method, "micro-batches": shape.micro_batches}
+        parts = PEFT_PARTS.get(name, shape.micro_batches)
+        if parts > shape.micro_batches:
+            work["micro-batches of PEFT"] = parts
+        yield Case(
+            "train",
+            f"step-{name}",
+            work,
+            (OURS, PEFT),
+            partial(prepare, shape, DEMO, parts),
+            ("training",),
+            quick=name in QUICK,
+            rounds=(3, 5),
+        )
 
 
 # -- one shape --------------------------------------------------------------------------------------------------------
@@ -277,22 +339,10 @@ def table(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-BEGIN, END = "<!-- results: bench_train.py report -->", "<!-- end of results -->"
-
-
-def report(args: argparse.Namespace) -> int:
-    """Print the Markdown of the results, or put it between the marks of a file."""
-    files = args.files or sorted(RESULTS.glob("*-train-*.json"))
-    text = markdown([(path, json.loads(path.read_text(encoding="utf-8"))) for path in files])
-    if args.into is None:
-        print(text)
-        return 0
-    before, _, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{args.into}: expected the lines {BEGIN} and {END}")
-    args.into.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
-    return 0
+def report() -> str:
+    """Markdown of the results in benchmarks/results: seconds and memory of the steps, and the accuracy of training."""
+    files = sorted(RESULTS.glob("*-train-*.json"))
+    return markdown([(path, json.loads(path.read_text(encoding="utf-8"))) for path in files])
 
 
 def markdown(results: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -388,9 +438,6 @@ def main() -> int:
     for sub in (one, everything):
         sub.add_argument("--rounds", type=int, default=5)
     one.add_argument("--warmup", type=int, default=1)
-    written = commands.add_parser("report", help="Markdown of the results")
-    written.add_argument("files", nargs="*", type=Path, help="by default those of benchmarks/results")
-    written.add_argument("--into", type=Path, help="a file, between its marks")
     args = parser.parse_args()
     if args.command in ("step", "memory"):
         if args.batch % args.micro_batches:
@@ -403,7 +450,7 @@ def main() -> int:
     if args.command == "memory":
         memory_of_this_process(args)
         return 0
-    return {"step": step, "table": table, "report": report}[args.command](args)
+    return {"step": step, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -412,26 +412,9 @@ def mixed_result() -> dict[str, Any]:
     }
 
 
-def test_the_report_is_put_between_its_marks(tmp_path: Path) -> None:
-    files = [tmp_path / "one.json", tmp_path / "two.json"]
-    for file, result in zip(files, (mixed_result(), load_result()), strict=True):
-        file.write_text(json.dumps(result))
-    into = tmp_path / "page.md"
-    into.write_text(f"before\n{bench_serve.BEGIN}\nold\n{bench_serve.END}\nafter\n")
-    bench_serve.report(argparse.Namespace(files=files, into=into))
-    text = into.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+def test_the_report_tells_runs_with_faults_from_others() -> None:
+    text = bench_serve.markdown([mixed_result(), load_result()])
     assert "| PEFT, a loop over `set_adapter` | 20.00 | 10 | 10.00x (9.50 to 10.50) | 6x | 100% |" in text
     # Times are of the run without faults, problems of all.
     assert "| embedded | 1.00 | 32 | 0.25, 0.50, 0.50 s | 1.00, 1.50, 1.50 s | 0 | 1 |" in text
     assert "| embedded | an unknown name | 404, with a reason: 3 |" in text and text.count("Measured on a CPU") == 1
-    into.write_text("no marks")
-    with pytest.raises(SystemExit, match="expected the lines"):
-        bench_serve.report(argparse.Namespace(files=files, into=into))
-
-
-def test_the_page_holds_the_results(tmp_path: Path) -> None:
-    page, again = ROOT / "docs" / "serving-benchmarks.md", tmp_path / "page.md"
-    again.write_text(page.read_text())
-    bench_serve.report(argparse.Namespace(files=[], into=again))
-    assert again.read_text() == page.read_text(), "run: python benchmarks/bench_serve.py report --into " + page.name

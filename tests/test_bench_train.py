@@ -186,32 +186,14 @@ def test_the_report_says_what_is_extrapolated(tmp_path: Path) -> None:
     result = result_of(Shape(32, 512, 64))
     verdicts = bench_train.verdicts(result)
     assert {what: met for what, (_, _, met) in verdicts.items()} == {"speed": True, "memory": False, "ideal": True}
-    file, into = tmp_path / "r.json", tmp_path / "page.md"
-    file.write_text(json.dumps(result))
-    into.write_text(f"before\n{bench_train.BEGIN}\nold\n{bench_train.END}\nafter\n")
-    bench_train.report(argparse.Namespace(files=[file], into=into))
-    text = into.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    text = bench_train.markdown([(tmp_path / "r.json", result)])
     (row,) = (line for line in text.splitlines() if line.startswith("| prompt tuning"))
     assert row.split(" | ")[1:3] == ["14.50 s in 4 parts", "2.00 s"] and "7.25x (7.10 to 7.40)" in row
     assert "9.00 GB in 4 parts; at once 33.00 GB, extrapolated" in row and "0.33; 0.09, extrapolated" in row
     fits = result_of(Shape(8, 100, 128), peft_micro_batches=1)
     fits["memory"][PEFT] |= {"extrapolated": {"rows": 8, "peak": 81 * 10**8}}
-    file.write_text(json.dumps(fits))
-    bench_train.report(argparse.Namespace(files=[file], into=into))
-    assert "0.90 to 0.90 of measured" in into.read_text() and "in 4 parts" not in into.read_text()
-    into.write_text("no marks")
-    with pytest.raises(SystemExit, match="expected the lines"):
-        bench_train.report(argparse.Namespace(files=[file], into=into))
-
-
-def test_the_page_holds_the_results(tmp_path: Path) -> None:
-    page, again = ROOT / "docs" / "training-benchmarks.md", tmp_path / "page.md"
-    again.write_text(page.read_text())
-    bench_train.report(argparse.Namespace(files=[], into=again))
-    assert again.read_text() == page.read_text(), "run: python benchmarks/bench_train.py report --into " + str(
-        page.name
-    )
+    text = bench_train.markdown([(tmp_path / "r.json", fits)])
+    assert "0.90 to 0.90 of measured" in text and "in 4 parts" not in text
 
 
 # -- quality ----------------------------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ class Exit(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 unexpected error (a bug), or no GPU to tune for; 2 wrong command line; 3 an input does not "
-    "fit (adapter for another base, unknown prompt name, altered file, ...), or a loss turned NaN; 4 a file, a "
-    "download or an optional package is missing or can't be read or written; 130 interrupted."
+    "Exit codes: 0 done; 1 unexpected error (a bug), no GPU to tune for, or a benchmark whose tests are red, whose "
+    "results do not agree or which is slower (--fail); 2 wrong command line; 3 an input does not fit (adapter for "
+    "another base, unknown prompt name, altered file, ...), or a loss turned NaN; 4 a file, a download or an optional "
+    "package is missing or can't be read or written; 130 interrupted."
 )
 
 DEBUG_VARIABLE = "SOFTPROMPT_FAST_DEBUG"

@@ -12,6 +12,7 @@ import typer
 
 from softprompt_fast._version import __version__
 from softprompt_fast.cli._session import EXIT_CODES, Session, session
+from softprompt_fast.cli.bench import bench
 from softprompt_fast.cli.serve import serve
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=EXIT_CODES)(serve)
+app.command(epilog=EXIT_CODES)(bench)
 
 NO_PROMPT = "none"
 #: Parts of the help of `train`.
