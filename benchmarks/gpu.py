@@ -56,6 +56,7 @@ CPU_FILES = {
     ),
     "training loops of other libraries, in processes of their own": ("trainer", "distributed"),
     "Triton's interpreter and cross-compiler": ("triton",),
+    "the emulator and the compiler of the CUDA kernels": ("cuda_emulator",),
 }  # fmt: skip
 
 #: Seconds for each group of rows, and the file it goes to.

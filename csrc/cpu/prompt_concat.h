@@ -6,8 +6,6 @@
 
 namespace softprompt_fast {
 
-struct Index;  // prefix_attention.h
-
 // A row of the result: `lead` empty slots, entries first..first+size-1 of the pack, the own tokens
 // from `start` on, and empty slots up to its end.
 struct PromptRow {

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings know of the kernels: one function an op, in <op>.cu. They launch and return;
+// none waits for the device or reads a value that lies there, so a stream may be capturing. No CUDA
+// header.
+#pragma once
+
+#include "../merge_states.h"
+
+namespace softprompt_fast {
+namespace cuda {
+
+// Where a call's kernels go: a device and one of its streams (a cudaStream_t).
+struct Queue {
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
+void run_merge_states(const MergeStates& op, const Queue& queue);
+void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
+
+}  // namespace cuda
+}  // namespace softprompt_fast
