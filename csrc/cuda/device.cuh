@@ -13,6 +13,7 @@
 #include "../tensor.h"
 
 #if defined(__CUDACC__)
+#include <assert.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -185,6 +186,17 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, size>& x) {
 __device__ __forceinline__ int64_t load_index(const Index& index, int64_t i) {
   return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];
 }
+
+// Ends the program where it fails, as PyTorch's own device assertions do: later calls on the device
+// raise. `message` is a literal.
+#if defined(__CUDACC__)
+#define device_assert(condition, message) assert((condition) && message)
+#else
+#define device_assert(condition, message)                                       \
+  do {                                                                          \
+    if (!(condition)) ::softprompt_fast::cuda::emulator::block().fail(message); \
+  } while (false)
+#endif
 
 // ---- arithmetic ----
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../merge_states.h"
+#include "../prompt_concat.h"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -18,6 +19,10 @@ struct Queue {
 // Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
 void run_merge_states(const MergeStates& op, const Queue& queue);
 void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
+void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left,
+                       const Queue& queue);
+void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
+                                const Queue& queue);
 
 }  // namespace cuda
 }  // namespace softprompt_fast
