@@ -88,8 +88,8 @@ def compiled(source: Path, arch: str) -> Rows:
             raise RuntimeError(f"{source.name} for {arch}: {done.stderr}")
         used = instructions(cubin)
     pattern = (
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
     found = re.findall(pattern, done.stderr, re.DOTALL)
     names = demangled([name for name, *_ in found]) if found else {}

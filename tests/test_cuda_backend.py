@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is special about the CUDA kernels, beyond what tests/ops sees of every backend: their vector paths, mixed dtypes,
+"""What is special about the CUDA kernels, beyond what tests/ops sees of every backend: vector paths, mixed dtypes,
 strides, and what they refuse. On a CPU they are emulated."""
 
 from __future__ import annotations
