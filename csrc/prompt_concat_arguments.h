@@ -17,10 +17,11 @@ inline PromptRows as_prompt_rows(const pybind11::tuple& given) {
   return rows;
 }
 
+// out_used: whether `out` must be there.
 inline PromptConcat as_prompt_concat(pybind11::handle ids, pybind11::handle tokens,
                                      pybind11::handle table, pybind11::handle prompt,
                                      pybind11::handle out, const pybind11::tuple& sizes,
-                                     double scale, double prompt_scale) {
+                                     double scale, double prompt_scale, bool out_used = true) {
   PromptConcat op = {};
   int64_t* const size[] = {&op.batch, &op.own, &op.packed, &op.slots, &op.width, &op.vocabulary};
   read_sizes(sizes, size);
@@ -38,7 +39,8 @@ inline PromptConcat as_prompt_concat(pybind11::handle ids, pybind11::handle toke
   op.tokens = as_tensor("tokens", tokens, 3, own && ids.is_none());
   op.table = as_tensor("table", table, 2, own && !ids.is_none() && op.vocabulary > 0);
   op.prompt = as_tensor("prompt", prompt, 2, op.packed > 0 && op.width > 0);
-  op.out = as_tensor("out", out, 3, op.batch > 0 && op.slots + op.own > 0 && op.width > 0);
+  op.out =
+      as_tensor("out", out, 3, out_used && op.batch > 0 && op.slots + op.own > 0 && op.width > 0);
   SOFTPROMPT_FAST_CHECK(op.ids == nullptr || !op.tokens, "tokens: expected None beside ids");
   SOFTPROMPT_FAST_CHECK(op.ids != nullptr || ids.is_none() || !own,
                         "ids: expected memory, found a null pointer");

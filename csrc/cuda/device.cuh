@@ -182,6 +182,16 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, size>& x) {
   *(Vector<T, size>*)p = x;
 }
 
+// Says that a pointer is to global memory, where the compiler cannot see it: one that is chosen
+// among several, or lies in shared memory, would be loaded from by slower generic instructions.
+template <typename T>
+__device__ __forceinline__ T* as_global(T* p) {
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Values of an index tensor.
 __device__ __forceinline__ int64_t load_index(const Index& index, int64_t i) {
   return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];

@@ -6,6 +6,7 @@
 
 #include "../merge_states.h"
 #include "../prompt_concat.h"
+#include "../prompt_qkv.h"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -23,6 +24,7 @@ void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left
                        const Queue& queue);
 void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
                                 const Queue& queue);
+void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
 
 }  // namespace cuda
 }  // namespace softprompt_fast

@@ -20,46 +20,19 @@ struct ConcatParams {
 
 // `size` elements an access: 8, or 1 where rows are not dense or not at multiples of 16 bytes.
 template <int size>
-__global__ void __launch_bounds__(32 * kConcatWarps) prompt_concat(ConcatParams<PromptConcat> p) {
+__global__ void __launch_bounds__(32 * kConcatWarps)
+    prompt_concat(const __grid_constant__ ConcatParams<PromptConcat> p) {
   const PromptConcat& op = p.op;
   const int64_t slots = op.slots + op.own;
   const int64_t line = (int64_t)blockIdx.x * kConcatWarps + threadIdx.x / 32;  // of out
   if (line >= op.batch * slots) return;
-  const int64_t b = line / slots;
-  const PromptRow row = prompt_row(op, p.rows, p.left, b);
-  const int64_t place = line % slots - row.lead, entry = row.first + place;
-  const int64_t token = place - row.size + row.start;
-
-  Tensor source;  // none: zeros
-  int64_t offset = 0, step = 1;
-  float scale = 0.0f;
-  // The comparison with the pack keeps offsets that promise too much from being followed.
-  if (place >= 0 && place < row.size && entry >= 0 && entry < op.packed) {
-    source = op.prompt;
-    offset = entry * op.prompt.stride[0];
-    step = op.prompt.stride[1];
-    scale = op.prompt_scale;
-  } else if (place >= row.size && place >= 0 && token < op.own) {
-    scale = op.scale;
-    if (op.ids != nullptr) {
-      const int64_t id = op.ids[b * op.id_stride[0] + token * op.id_stride[1]];
-      const bool known = id >= 0 && id < op.vocabulary;
-      device_assert(known, "prompt_concat: a token id is outside the table");
-      source = op.table;
-      offset = known ? id * op.table.stride[0] : 0;
-      step = op.table.stride[1];
-    } else {
-      source = op.tokens;
-      offset = b * op.tokens.stride[0] + token * op.tokens.stride[1];
-      step = op.tokens.stride[2];
-    }
-  }
+  const Source from = locate(op, p.rows, p.left, line);
   for (int64_t c = threadIdx.x % 32 * size; c < op.width; c += 32 * size) {
     float x[size] = {};
-    if (source) {
-      load_floats(x, source, offset + c * step);
+    if (from.data != nullptr) {
+      load_floats(x, from.dtype, as_global(from.data), from.offset + c * from.step);
 #pragma unroll
-      for (int n = 0; n < size; ++n) x[n] *= scale;
+      for (int n = 0; n < size; ++n) x[n] *= from.scale;
     }
     store_floats(op.out, line * op.width + c, x);
   }
@@ -69,7 +42,7 @@ __global__ void __launch_bounds__(32 * kConcatWarps) prompt_concat(ConcatParams<
 // their sums meet in shared memory, so the order of additions depends on nothing but the batch.
 template <int size>
 __global__ void __launch_bounds__(32 * kSumWarps)
-    prompt_concat_grad_prompt(ConcatParams<PromptConcatGrad> p) {
+    prompt_concat_grad_prompt(const __grid_constant__ ConcatParams<PromptConcatGrad> p) {
   const PromptConcatGrad& op = p.op;
   const int64_t parts = (op.width + 32 * size - 1) / (32 * size);
   const int64_t entry = blockIdx.x / parts;
@@ -102,7 +75,7 @@ __global__ void __launch_bounds__(32 * kSumWarps)
 
 template <int size>
 __global__ void __launch_bounds__(32 * kConcatWarps)
-    prompt_concat_grad_tokens(ConcatParams<PromptConcatGrad> p) {
+    prompt_concat_grad_tokens(const __grid_constant__ ConcatParams<PromptConcatGrad> p) {
   const PromptConcatGrad& op = p.op;
   const int64_t line = (int64_t)blockIdx.x * kConcatWarps + threadIdx.x / 32;  // of grad_tokens
   if (line >= op.batch * op.own) return;

@@ -44,15 +44,20 @@ __device__ __forceinline__ void store_as(T* p, const float (&from)[size]) {
 
 // `size` neighbours from element `offset` on.
 template <int size>
-__device__ __forceinline__ void load_floats(float (&to)[size], const Tensor& x, int64_t offset) {
-  switch (x.dtype) {
+__device__ __forceinline__ void load_floats(float (&to)[size], DType dtype, const void* data,
+                                            int64_t offset) {
+  switch (dtype) {
     case DType::kBFloat16:
-      return load_as((const BFloat16*)x.data + offset, to);
+      return load_as((const BFloat16*)data + offset, to);
     case DType::kFloat16:
-      return load_as((const Half*)x.data + offset, to);
+      return load_as((const Half*)data + offset, to);
     default:
-      return load_as((const float*)x.data + offset, to);
+      return load_as((const float*)data + offset, to);
   }
+}
+template <int size>
+__device__ __forceinline__ void load_floats(float (&to)[size], const Tensor& x, int64_t offset) {
+  load_floats(to, x.dtype, x.data, offset);
 }
 
 template <int size>
@@ -84,6 +89,37 @@ __device__ __forceinline__ PromptRow prompt_row(const Op& op, const PromptRows& 
   if (which < 0) row.size = 0;
   row.lead = row.start + (left ? op.slots - row.size : 0);
   return row;
+}
+
+// Where a line of the result, counted over batch and slots, comes from.
+struct Source {
+  const void* data;  // null: zeros
+  DType dtype;
+  int64_t offset, step;  // of its first element and between neighbours
+  float scale;
+};
+
+__device__ __forceinline__ Source locate(const PromptConcat& op, const PromptRows& rows, bool left,
+                                         int64_t line) {
+  const int64_t slots = op.slots + op.own, b = line / slots;
+  const PromptRow row = prompt_row(op, rows, left, b);
+  const int64_t place = line % slots - row.lead, entry = row.first + place;
+  const int64_t token = place - row.size + row.start;
+  // The comparison with the pack keeps offsets that promise too much from being followed.
+  if (place >= 0 && place < row.size && entry >= 0 && entry < op.packed) {
+    return {op.prompt.data, op.prompt.dtype, entry * op.prompt.stride[0], op.prompt.stride[1],
+            op.prompt_scale};
+  }
+  if (place < row.size || place < 0 || token >= op.own) return {};
+  if (op.ids == nullptr) {
+    return {op.tokens.data, op.tokens.dtype, b * op.tokens.stride[0] + token * op.tokens.stride[1],
+            op.tokens.stride[2], op.scale};
+  }
+  const int64_t id = op.ids[b * op.id_stride[0] + token * op.id_stride[1]];
+  const bool known = id >= 0 && id < op.vocabulary;
+  device_assert(known, "a token id is outside the table");
+  if (!known) return {};
+  return {op.table.data, op.table.dtype, id * op.table.stride[0], op.table.stride[1], op.scale};
 }
 
 }  // namespace cuda
