@@ -80,7 +80,8 @@ def forward(
     else:
         residual = prompt.new_empty(batch, length, prompt.shape[1], dtype=out_dtype)
     split = torch_backend._split(biases, heads) if biases else None
-    into_cache(*concat, *scales, left, by_head, split, *layer, query, key, value, residual)
+    rows: tuple[Any, ...] = (*concat, *scales, left, by_head, split, *layer, query, key, value, residual)
+    into_cache(*rows)
     return query, key, value, residual
 
 
