@@ -150,6 +150,7 @@ def test_keys_and_values_go_where_they_stay() -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"dtype": torch.float32},
         {"width": 12},
         {"batch": 129, "tokens": 1, "width": 8},
         {"v_dim": 3},
@@ -157,11 +158,11 @@ def test_keys_and_values_go_where_they_stay() -> None:
         {"strided": True},
         {"late": True},
     ],
-    ids=["width", "rows", "odd head", "two dtypes", "columns apart", "unaligned"],
+    ids=["float32", "width", "rows", "odd head", "two dtypes", "columns apart", "unaligned"],
 )
 def test_what_takes_the_other_form(change: dict[str, Any], calls: list[str]) -> None:
     flags = {name: change.get(name, False) for name in ("mixed", "strided", "late")}
-    call = make(torch.bfloat16, **{k: v for k, v in change.items() if k not in flags})
+    call = make(**{"dtype": torch.bfloat16, **{k: v for k, v in change.items() if k not in flags}})
     if flags["mixed"]:
         call["prompt"] = call["prompt"].float()
     if flags["strided"]:
@@ -189,9 +190,9 @@ def test_gradients_through_the_kernel() -> None:
     assert_within_noise(*grads, "gradient of prompt")
 
 
-def test_float32_is_refused() -> None:
-    with pytest.raises(BackendError, match="it gives bfloat16 and float16, asked for float32"):
-        ops.prompt_qkv(**make(torch.float32), backend="cuda")
+def test_float64_is_refused() -> None:
+    with pytest.raises(BackendError, match="it takes float32, bfloat16 and float16, found float64"):
+        ops.prompt_qkv(**make(torch.float64), backend="cuda")
 
 
 def test_the_limit_is_the_heuristic() -> None:

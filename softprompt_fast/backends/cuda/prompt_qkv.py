@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """prompt_qkv in CUDA C++ for the few rows of a decode step, in one launch: see ``csrc/cuda/prompt_qkv.cuh``.
 
-More rows are bound by the product, which a library does better: they, and what the kernel's 16-byte loads don't fit,
-take Triton's form of the op, or PyTorch's where there is no Triton. So do the gradients.
+More rows are bound by the product, which a library does better: they, float32, and what the kernel's 16-byte loads
+don't fit take Triton's form of the op, or PyTorch's where there is no Triton. So do the gradients.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ backward = many_rows.backward
 def reasons(*args: Any) -> list[str]:
     tensors = [*args[:3], *args[11], *args[12], args[16], args[17], args[20], args[21]]
     why = _runtime.refusals(*(x for x in tensors if x is not None and x.is_floating_point()))
-    if args[9] not in (torch.bfloat16, torch.float16):
-        why.append(f"it gives bfloat16 and float16, asked for {str(args[9]).removeprefix('torch.')}")
+    if args[9] not in _runtime.FLOATING:
+        why.append(f"it gives float32, bfloat16 and float16, asked for {str(args[9]).removeprefix('torch.')}")
     return why + torch_backend.reasons(*args)
 
 
@@ -157,7 +157,8 @@ def fits(
     alike = [x for x in (*read, *biases, norm_weight, norm_bias) if x is not None]
     dims = weights[0].shape[0] // q_heads, weights[2].shape[0] // layer[1]
     return (
-        all(x.dtype == dtype for x in alike)
+        dtype in (torch.bfloat16, torch.float16)
+        and all(x.dtype == dtype for x in alike)
         and all(dim % 2 == 0 for dim in dims)
         and all(x.shape[-1] % 8 == 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in read)
         and all(stride % 8 == 0 for x in read for stride in x.stride()[:-1])
