@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../merge_states.h"
+#include "prefix_attention_decode.h"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -18,6 +19,13 @@ struct Queue {
 // Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
 void run_merge_states(const MergeStates& op, const Queue& queue);
 void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
+
+// The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
+DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);
+void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
+
+// Which capture the queue's stream takes part in; 0: none.
+uint64_t capture_of(const Queue& queue);
 
 }  // namespace cuda
 }  // namespace softprompt_fast
