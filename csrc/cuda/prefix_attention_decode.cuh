@@ -275,7 +275,7 @@ struct Attend {
   static constexpr int kAlong = kDecodeWarps / kAcross;
   static constexpr int kRows = 16 * kAcross * kFragments;
   static constexpr int kWarpKeys = kDecodeKeys / kAlong;
-  static constexpr int kStep = kWarpKeys < 64 / kFragments ? kWarpKeys : 64 / kFragments;
+  static constexpr int kStep = kWarpKeys < 32 ? kWarpKeys : 32;
   static constexpr int kBlock = kDecodeKeys * kHeadDim;
 
   using Shared = DecodeShared<kHeadDim>;
@@ -320,7 +320,7 @@ struct Attend {
     unsigned char* stage =
         reinterpret_cast<unsigned char*>(shared.ring) + t % kStages * 2 * kBlock * sizeof(Entry);
     if (begin < share.high) {
-#pragma unroll 4
+#pragma unroll 1
       for (int c = threadIdx.x; c < kDecodeKeys * kChunks; c += kDecodeThreads) {
         const int n = c / kChunks, chunk = c % kChunks;
         const bool exists = begin + n < share.high;
@@ -380,7 +380,7 @@ struct Attend {
   __device__ void compute(int t) {
     const uint16_t* keys = kWiden ? wide_block(0) : shared.ring + t % kStages * 2 * kBlock;
     const uint16_t* values = keys + kBlock;
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < kWarpKeys; step += kStep) {
       const int place = warp_keys + step, begin = share.low + t * kDecodeKeys + place;
       if (begin >= share.high) break;
@@ -396,7 +396,7 @@ struct Attend {
 
   __device__ void multiply_keys(const uint16_t* keys, int place,
                                 float (&scores)[kFragments][kStep / 8][4]) const {
-#pragma unroll
+#pragma unroll 4
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t a[kFragments][4];
 #pragma unroll

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """prefix_attention in CUDA C++: a decode step in one launch (``csrc/cuda/prefix_attention_decode.cuh``).
 
-The CUDA kernel takes the calls whose rows have few queries (:func:`softprompt_fast.backends.heuristics.stack_queries`).
-Those with more of them, and gradients, are Triton's (:mod:`softprompt_fast.backends.triton.prefix_attention`).
+The CUDA kernel takes the calls whose rows have few queries (``heuristics.stack_queries``). Those with more of them,
+and gradients, are Triton's (:mod:`softprompt_fast.backends.triton.prefix_attention`).
 """
 
 from __future__ import annotations
