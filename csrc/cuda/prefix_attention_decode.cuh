@@ -182,6 +182,11 @@ __device__ __forceinline__ void store_rounded(T* out, int column, const Vector<f
   }
 }
 
+// Its head's sink, in units of log 2.
+__device__ __forceinline__ float sink_of(const PrefixAttentionDecode& p, const Query& q) {
+  return load_float(p.sinks, q.head * p.sinks.stride[0]) * kLog2E;
+}
+
 // A stacked query's place in the workspace, in states.
 __device__ __forceinline__ int64_t state_of(const DecodePlan& plan, int row, int kv_head,
                                             int query) {
@@ -201,9 +206,7 @@ struct Destination {
     if (whole) {
       const Query q = query_of(p.plan, row, item.kv_head, query);
       factor = 1.0f;
-      if (p.sinks.data != nullptr) {
-        factor = found.add(load_float(p.sinks, q.head * p.sinks.stride[0]) * kLog2E);
-      }
+      if (p.sinks.data != nullptr) factor = found.add(sink_of(p, q));
       out = out_of<T>(p, q);
       if (leads) lse_of(p, q) = found.log2() * kLn2;
       factor *= found.norm();
@@ -227,41 +230,69 @@ struct Destination {
   }
 };
 
-// The partial results of a row's queries of a key/value head into their results.
+// The partial results of every query of a tile's rows that are to be merged here into its result.
+// A thread takes four features of kQueries queries at a time and asks for kAhead partial results of
+// each before it waits for the first: whoever ends last may have a whole tile's to read, from L2.
 template <typename T, int kHeadDim>
-__device__ void merge_row(const PrefixAttentionDecode& p, int row, int kv_head, int prefix_splits) {
-  constexpr int kThreads = kHeadDim / 4;  // a query
+__device__ void merge_rows(const PrefixAttentionDecode& p, const DecodeShared<kHeadDim>& shared) {
+  constexpr int kThreads = kHeadDim / 4, kQueries = 4, kAhead = 5;
   const DecodePlan& plan = p.plan;
-  const int used = plan.own_splits + prefix_splits;
-  for (int at = threadIdx.x; at < plan.per_row * kThreads; at += kDecodeThreads) {
-    const int query = at / kThreads, column = at % kThreads * 4;
-    const Query q = query_of(plan, row, kv_head, query);
-    const int64_t first = state_of(plan, row, kv_head, query);
-    Softmax found;
-#pragma unroll 4
-    for (int s = 0; s < used; ++s)
-      found.top = fmaxf(found.top, load_written<1>(p.state_lse + first + s).at[0]);
-    float sink = -INFINITY;
-    if (p.sinks.data != nullptr) {
-      sink = load_float(p.sinks, q.head * p.sinks.stride[0]) * kLog2E;
-      found.top = fmaxf(found.top, sink);
-    }
-    const float shift = found.shift();
-    found.sum = exp2_approximate(sink - shift);
-    Vector<float, 4> sum = {};
-#pragma unroll 4
-    for (int s = 0; s < used; ++s) {
-      const float weight = exp2_approximate(load_written<1>(p.state_lse + first + s).at[0] - shift);
-      const Vector<float, 4> state = load_written<4>(p.states + (first + s) * kHeadDim + column);
-      found.sum += weight;
+  const int kv_head = shared.item.kv_head, all = shared.item.rows * plan.per_row * kThreads;
+  for (int begin = threadIdx.x; begin < all; begin += kQueries * kDecodeThreads) {
+    Query query[kQueries];
+    int used[kQueries], longest = 0;
+    int64_t first[kQueries];
+    Softmax found[kQueries];
+    Vector<float, 4> sum[kQueries] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum.at[i] += weight * state.at[i];
+    for (int k = 0; k < kQueries; ++k) {
+      const int at = begin + k * kDecodeThreads, j = at / kThreads;
+      const int r = at < all ? j / plan.per_row : 0;
+      used[k] = at < all && shared.merged[r] >= 0 ? plan.own_splits + shared.merged[r] : 0;
+      if (used[k] == 0) continue;
+      longest = used[k] > longest ? used[k] : longest;
+      query[k] = query_of(plan, shared.row[r], kv_head, j % plan.per_row);
+      first[k] = state_of(plan, shared.row[r], kv_head, j % plan.per_row);
+      if (p.sinks.data != nullptr) found[k].add(sink_of(p, query[k]));
     }
-    const float norm = found.norm();
+    const auto column = [&](int k) { return (begin + k * kDecodeThreads) % kThreads * 4; };
+    for (int slot = 0; slot < longest; slot += kAhead) {
+      Vector<float, 4> state[kQueries][kAhead];
+      float lse[kQueries][kAhead];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum.at[i] *= norm;
-    store_rounded(out_of<T>(p, q), column, sum, p.v_dim);
-    if (column == 0) lse_of(p, q) = found.log2() * kLn2;
+      for (int k = 0; k < kQueries; ++k) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          state[k][i] = {};
+          lse[k][i] = -INFINITY;
+          if (slot + i < used[k]) {
+            state[k][i] = load_written<4>(p.states + (first[k] + slot + i) * kHeadDim + column(k));
+            lse[k][i] = load_written<1>(p.state_lse + first[k] + slot + i).at[0];
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kQueries; ++k) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const float fade = found[k].add(lse[k][i]);
+          const float weight = exp2_approximate(lse[k][i] - found[k].shift());
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            sum[k].at[c] = sum[k].at[c] * fade + state[k][i].at[c] * weight;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kQueries; ++k) {
+      if (used[k] == 0) continue;
+      const float norm = found[k].norm();
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[k].at[c] *= norm;
+      store_rounded(out_of<T>(p, query[k]), column(k), sum[k], p.v_dim);
+      if (column(k) == 0) lse_of(p, query[k]) = found[k].log2() * kLn2;
+    }
   }
 }
 
@@ -687,11 +718,7 @@ __device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& s
   }
   __threadfence();
   __syncthreads();
-  for (int r = 0; r < item.rows; ++r) {
-    if (shared.merged[r] >= 0) {
-      merge_row<T, kHeadDim>(p, shared.row[r], item.kv_head, shared.merged[r]);
-    }
-  }
+  merge_rows<T>(p, shared);
 }
 
 // A thread has set the item's row or rows; true where there is an item.

@@ -65,8 +65,7 @@ def forward(
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
     if not heuristics.stack_queries(queries, q_heads // kv_heads) or v_dim == 0:
         options = (scale, causal, sliding_window, softcap, sinks, bias)
-        scales = (prefix_key_scale, prefix_value_scale, prefix_scale_block)
-        return triton.forward(*tensors, *rows, *options, *scales)
+        return triton.forward(*tensors, *rows, *options, prefix_key_scale, prefix_value_scale, prefix_scale_block)
     out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
     if lse.numel() == 0:
@@ -79,7 +78,7 @@ def forward(
     scales = None
     if prefix_key_scale is not None and prefix_value_scale is not None:
         scales = (view(prefix_key_scale, 2), view(prefix_value_scale, 2), prefix_scale_block)
-    rows = dense(*rows)
+    indices = dense(*rows)
     _cuda.prefix_attention(
         sizes,
         view(query, 4),
@@ -89,7 +88,7 @@ def forward(
         view(prefix_value, 3),
         view(out, 4),
         lse.data_ptr(),
-        tuple(map(indexes, rows)),
+        tuple(map(indexes, indices)),
         scale,
         causal,
         sliding_window or 0,
