@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -201,12 +202,12 @@ def without_cuda() -> str:
         return "not built: no nvcc in CUDA_HOME or on the path"
     if CUDA == "1":
         return ""
-    # Asked of its files: importing torch takes seconds.
-    try:
-        files = metadata.files("torch") or []
-    except metadata.PackageNotFoundError:
+    # Read from its file: importing torch takes seconds.
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
         return "not built: no torch in the building environment (pip's --no-build-isolation; SOFTPROMPT_FAST_CUDA=1)"
-    if not any(file.name in ("libtorch_cuda.so", "libtorch_cuda_linalg.so") for file in files):
+    version = Path(torch.origin).with_name("version.py").read_text(encoding="utf-8")
+    if re.search(r"^cuda\b.*= *['\"]", version, re.MULTILINE) is None:
         return "not built: the building environment's torch has no CUDA (SOFTPROMPT_FAST_CUDA=1 builds them anyway)"
     return ""
 

@@ -36,7 +36,7 @@ BENCHMARKS_AT_LEAST = 170.0
 """Seconds that the tests leave to the benchmarks."""
 
 OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_states", "prompt_concat", "prompt_qkv")]
-OP_FILES.append("tests/test_cuda_decode.py")
+OP_FILES += ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py", "tests/test_cuda_decode.py"]
 # The most telling first, should time run out.
 MODEL_STEMS = (
     *("gpu", "model", "generate", "cache", "nn", "losses", "training"),
@@ -57,7 +57,7 @@ CPU_FILES = {
     ),
     "training loops of other libraries, in processes of their own": ("trainer", "distributed"),
     "Triton's interpreter and cross-compiler": ("triton",),
-    "the emulator and the compiler of the CUDA kernels": ("cuda_emulator",),
+    "the emulator and the compiler of the CUDA kernels": ("cuda_emulator", "cuda_resources"),
 }  # fmt: skip
 
 #: Seconds for each group of rows, and the file it goes to.

@@ -13,6 +13,7 @@
 #include "../tensor.h"
 
 #if defined(__CUDACC__)
+#include <assert.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -181,10 +182,31 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, size>& x) {
   *(Vector<T, size>*)p = x;
 }
 
+// Says that a pointer is to global memory, where the compiler cannot see it: one that is chosen
+// among several, or lies in shared memory, would be loaded from by slower generic instructions.
+template <typename T>
+__device__ __forceinline__ T* as_global(T* p) {
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Values of an index tensor.
 __device__ __forceinline__ int64_t load_index(const Index& index, int64_t i) {
   return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];
 }
+
+// Ends the program where it fails, as PyTorch's own device assertions do: later calls on the device
+// raise. `message` is a literal.
+#if defined(__CUDACC__)
+#define device_assert(condition, message) assert((condition) && message)
+#else
+#define device_assert(condition, message)                                       \
+  do {                                                                          \
+    if (!(condition)) ::softprompt_fast::cuda::emulator::block().fail(message); \
+  } while (false)
+#endif
 
 // ---- arithmetic ----
 

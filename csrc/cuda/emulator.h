@@ -33,6 +33,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (::softprompt_fast::cuda::emulator::thread().index)
 #define blockIdx (::softprompt_fast::cuda::emulator::block().index)
 #define blockDim (::softprompt_fast::cuda::emulator::block().threads_a_block)

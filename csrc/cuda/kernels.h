@@ -5,6 +5,8 @@
 #pragma once
 
 #include "../merge_states.h"
+#include "../prompt_concat.h"
+#include "../prompt_qkv.h"
 #include "prefix_attention_decode.h"
 
 namespace softprompt_fast {
@@ -19,6 +21,11 @@ struct Queue {
 // Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
 void run_merge_states(const MergeStates& op, const Queue& queue);
 void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
+void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left,
+                       const Queue& queue);
+void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
+                                const Queue& queue);
+void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
 
 // The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);

@@ -59,7 +59,8 @@ inline int attribute(cudaDeviceAttr which, int device) {
 }
 inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
-// `kernel` takes one struct by value. Nothing of it reads a device value or waits, so a stream may
+// `kernel` takes one struct by value (`const __grid_constant__`, or a pointer into it makes a copy
+// in local memory). Nothing of it reads a device value or waits, so a stream may
 // be capturing. std::runtime_error where the launch is refused.
 template <auto kernel, typename Params>
 void launch(const Queue& queue, const Grid& grid, const Params& params) {

@@ -76,7 +76,8 @@ __device__ __forceinline__ void store_columns(T* row, int64_t stride, int c,
 
 // `size` elements an access: 1 for any strides, else rows are dense and lie at multiples of it.
 template <typename T, int size>
-__global__ void __launch_bounds__(kMergeThreads) merge_states(MergeParams<MergeStates> p) {
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_states(const __grid_constant__ MergeParams<MergeStates> p) {
   const MergeStates& op = p.op;
   const int row = (int)((blockIdx.x * kMergeThreads + threadIdx.x) / p.lanes);
   if (row >= p.rows) return;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_states(MergeParams<MergeS
 // w_a (out_a - out) = w_a w_b (out_a - out_b), the last form because out may be rounded to 16 bits.
 template <typename T, int size>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_states_backward(MergeParams<MergeStatesGrad> p) {
+    merge_states_backward(const __grid_constant__ MergeParams<MergeStatesGrad> p) {
   const MergeStatesGrad& op = p.op;
   const int row = (int)((blockIdx.x * kMergeThreads + threadIdx.x) / p.lanes);
   const int lane = threadIdx.x % p.lanes;

@@ -81,6 +81,12 @@ def build_info() -> dict[str, str]:
     return {} if module is None else module.build_info()
 
 
+def cuda_build_info() -> dict[str, str]:
+    """Version and architectures of the CUDA kernels ("emulated": they run on the CPU); empty if they aren't loaded."""
+    module, _ = load_cuda()
+    return {} if module is None else module.build_info()
+
+
 def cpu_features() -> dict[str, bool]:
     """Instruction set name -> usable on this processor and operating system; empty if the extension is not loaded."""
     module, _ = load()

@@ -71,6 +71,11 @@ def indexes(x: Tensor | None) -> tuple[int, int, bool] | None:
     return None if x is None else (x.data_ptr(), x.shape[0], x.dtype == torch.int64)
 
 
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors of one number a row or a prompt: small enough to copy where they are apart in memory."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
