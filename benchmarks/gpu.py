@@ -38,7 +38,7 @@ BENCHMARKS_AT_LEAST = 140.0
 """Seconds that the tests leave to the benchmarks."""
 
 OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_states", "prompt_concat", "prompt_qkv")]
-OP_FILES += ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py"]
+OP_FILES += ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py", "tests/test_cuda_decode.py"]
 # The most telling first, should time run out.
 MODEL_STEMS = (
     *("gpu", "model", "generate", "cache", "nn", "losses", "training"),

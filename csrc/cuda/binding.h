@@ -19,6 +19,7 @@ inline Queue as_queue(pybind11::handle given) {
 
 // One function per op, in <op>_binding.cpp.
 void bind_merge_states(pybind11::module_& module);
+void bind_prefix_attention(pybind11::module_& module);
 void bind_prompt_concat(pybind11::module_& module);
 void bind_prompt_qkv(pybind11::module_& module);
 

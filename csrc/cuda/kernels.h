@@ -7,6 +7,7 @@
 #include "../merge_states.h"
 #include "../prompt_concat.h"
 #include "../prompt_qkv.h"
+#include "prefix_attention_decode.h"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -25,6 +26,13 @@ void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left
 void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
                                 const Queue& queue);
 void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
+
+// The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
+DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);
+void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
+
+// Which capture the queue's stream takes part in; 0: none.
+uint64_t capture_of(const Queue& queue);
 
 }  // namespace cuda
 }  // namespace softprompt_fast

@@ -25,6 +25,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Version and the architectures that the kernels were built for, as strings.");
   softprompt_fast::cuda::bind_merge_states(m);
+  softprompt_fast::cuda::bind_prefix_attention(m);
   softprompt_fast::cuda::bind_prompt_concat(m);
   softprompt_fast::cuda::bind_prompt_qkv(m);
 }
