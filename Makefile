@@ -12,6 +12,7 @@ GPU_ARGS ?=
 BENCH_ARGS ?= --quick
 BENCH_OUT ?= build/bench
 RESOURCES_ARGS ?=
+CUDA_RESOURCES_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -40,7 +41,7 @@ help:
 	@echo "make sanitize run the C++ kernels' tests under AddressSanitizer and UBSan (some minutes)"
 	@echo "make bench    time this package against others here (about ten minutes on two cores); ends with a page to read"
 	@echo "make gpu      build, test and measure on a GPU, with the packages that PYTHON has (9 minutes at most)"
-	@echo "make resources compile every Triton kernel, with every configuration that ships, for GPUs that need not be here"
+	@echo "make resources compile every Triton and CUDA kernel, with every configuration that ships, for GPUs that need not be here"
 	@echo "make clean    remove what the targets above made"
 
 $(PY):
@@ -122,11 +123,12 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 # Registers, spills and shared memory (some minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
-# needed when a kernel has changed; --only REGEX.
+# needed when a kernel has changed; --only REGEX. CUDA_RESOURCES_ARGS: the same for the CUDA kernels, which need nvcc.
 resources: install
 	$(PY) -m tests.triton_resources $(RESOURCES_ARGS)
 	$(PY) -m tests.triton_resources --entries
+	$(PY) -m tests.cuda_resources $(CUDA_RESOURCES_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f softprompt_fast/_C.*
+	rm -f softprompt_fast/_C.* softprompt_fast/_cuda.*

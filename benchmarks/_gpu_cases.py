@@ -11,6 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -136,6 +137,11 @@ def attention_systems(sizes: Sizes) -> dict[str, System]:
     return systems
 
 
+def kernels(call: Callable[..., Any]) -> dict[str, System]:
+    """``call(inputs, backend=...)`` on each of our backends of hand-written kernels: one of them is "ours"."""
+    return {name: System(partial(call, backend=name.lower())) for name in ("Triton", "CUDA")}
+
+
 def prefill(device: torch.device, smoke: bool) -> Iterator[Case]:
     s = Sizes(2, 8, 8, 16, 4, 2, 16) if smoke else Sizes(16, 512, 512, 512)
     reference, compare = exact_rows(s)
@@ -178,6 +184,7 @@ def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
         s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
         reference, compare = exact_rows(s)
         systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_systems(s)}
+        systems |= kernels(lambda x, backend: ops.prefix_attention(*x, backend=backend))
         if device.type == "cpu":
             systems["SDPA"] = System(sdpa(None, False), expanded)
         systems["Hydragen"], systems["FlashInfer cascade"] = System(hydragen), flashinfer_cascade()
@@ -195,6 +202,7 @@ def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
                     lambda row: row.speedup("flash", "cuDNN", "efficient", "SDPA"),
                     at_least=faster,
                 ),
+                Bar("x of our Triton", lambda row: row.speedup("Triton"), at_least=1.2),
                 Bar("times (bytes / 3.0 TB/s + 3 us)", over_floor, at_most=1.6),
             ],
         )
@@ -288,6 +296,7 @@ def merge_states(device: torch.device, smoke: bool) -> Iterator[Case]:
             make,
             {
                 "ours": System(lambda x: ops.merge_states(*x)[0]),
+                **kernels(lambda x, backend: ops.merge_states(*x, backend=backend)[0]),
                 "PyTorch": System(plain),
                 "PyTorch, compiled": System(torch.compile(plain, dynamic=False)),
             },
@@ -313,14 +322,15 @@ def prompt_concat(device: torch.device, smoke: bool) -> Iterator[Case]:
             out = call((inputs[0], prompt))
             return torch.autograd.grad(out, prompt, out.detach())[0]
 
-    def ours(inputs: tuple[Tensor, Tensor]) -> Tensor:
-        return ops.prompt_concat(inputs[0], table, inputs[1])
+    def ours(inputs: tuple[Tensor, Tensor], backend: str | None = None) -> Tensor:
+        return ops.prompt_concat(inputs[0], table, inputs[1], backend=backend)
 
     yield Case(
         f"prompt_concat B{batch} P{virtual} S{own} H{width}",
         make,
         {
             "ours": System(ours),
+            **kernels(ours),
             "embedding, expand, cat": System(steps),
             "the same, compiled": System(torch.compile(steps, dynamic=False)),
         },
@@ -419,6 +429,7 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
                 "ours": System(ours),
                 "Triton, one kernel": by_name("one_kernel"),
                 "Triton, composed": by_name("composed"),
+                "CUDA": System(partial(ours, backend="cuda")),
                 "PyTorch": System(lambda x, plain=plain, steps=steps: steps(x, plain)),
                 "PyTorch, compiled": System(lambda x, compiled=compiled, steps=steps: steps(x, compiled)),
             },
@@ -436,7 +447,8 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
         )
 
 
-FIRST_LAYER = [("first layer", 32, 128, 128), ("decode", 64, 0, 1)]
+# The short prompt is few enough rows for one kernel from token ids to q, k and v.
+FIRST_LAYER = [("first layer", 32, 128, 128), ("first layer", 1, 100, 16), ("decode", 64, 0, 1)]
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

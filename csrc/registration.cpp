@@ -16,8 +16,8 @@
 
 // setup.py passes these as string literals.
 #if !defined(SOFTPROMPT_FAST_VERSION) || !defined(SOFTPROMPT_FAST_FLAGS) || \
-    !defined(SOFTPROMPT_FAST_TORCH)
-#error "build through setup.py: it defines the version, the compiler flags and the torch found"
+    !defined(SOFTPROMPT_FAST_TORCH) || !defined(SOFTPROMPT_FAST_CUDA)
+#error "build through setup.py: it defines the version, the compiler flags, and what was found"
 #endif
 
 namespace softprompt_fast {
@@ -40,7 +40,7 @@ std::map<std::string, std::string> build_info() {
   return {
       {"version", SOFTPROMPT_FAST_VERSION}, {"compiler", compiler()},
       {"flags", SOFTPROMPT_FAST_FLAGS},     {"cxx_standard", std::to_string(__cplusplus)},
-      {"torch", SOFTPROMPT_FAST_TORCH},
+      {"torch", SOFTPROMPT_FAST_TORCH},     {"cuda", SOFTPROMPT_FAST_CUDA},
   };
 }
 

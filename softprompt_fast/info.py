@@ -26,7 +26,8 @@ def collect() -> dict[str, Any]:
 
     Keys: ``version``; ``python``; ``platform``; ``packages`` (name -> version or None); ``torch`` (CUDA version, CPU
     capability, threads, devices); ``extension`` (loaded, reason, build, and cpu_isa, the instruction set whose kernels
-    run, None without the extension); ``cpu_features``; ``triton`` (serves here, reason, and tables, op -> the first
+    run, None without the extension); ``cpu_features``; ``cuda`` (loaded, reason and build, with the architectures, of
+    the CUDA kernels); ``triton`` (serves here, reason, and tables, op -> the first
     file that the current GPU's block sizes come from, empty without one); ``backend`` (what SOFTPROMPT_FAST_BACKEND
     asks for, None if it is not set); ``ops`` (op -> backend -> list of reasons why it can't run here; an empty list
     means that it can).
@@ -36,6 +37,7 @@ def collect() -> dict[str, Any]:
     from softprompt_fast.backends import _registry
 
     loaded, reason = native.status()
+    cuda = native.cuda_build_info()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "version": __version__,
@@ -50,6 +52,7 @@ def collect() -> dict[str, Any]:
         },
         "extension": {"loaded": loaded, "reason": reason, "build": native.build_info(), "cpu_isa": native.cpu_isa()},
         "cpu_features": native.cpu_features(),
+        "cuda": {"loaded": bool(cuda), "reason": native.load_cuda()[1], "build": cuda},
         "triton": _triton(),
         "backend": os.environ.get(_registry.ENVIRONMENT_VARIABLE),
         "ops": {op: _registry.available_backends(op) for op in _registry.OPS},

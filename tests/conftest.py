@@ -16,12 +16,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from tests import cuda_emulated
 from tests.device import DEVICE, ON_GPU
 from tests.interpreter import loop_to_a_tensor, round_like_a_gpu
 
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
 if not ON_GPU:
+    # Before the ops are imported, which look for their backends.
+    if (library := cuda_emulated.library()[0]) is not None:
+        os.environ["SOFTPROMPT_FAST_CUDA_EMULATED"] = str(library)
     round_like_a_gpu()
     loop_to_a_tensor()
 else:

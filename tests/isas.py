@@ -23,6 +23,13 @@ CPU = (
 )
 # On the CPU in Triton's interpreter: see conftest.py.
 TRITON = [pytest.param(("triton", ""), id="triton")]
+# On the CPU emulated: see conftest.py.
+_CUDA, _CUDA_REASON = native.load_cuda()
+CUDA = [
+    pytest.param(
+        ("cuda", ""), id="cuda", marks=pytest.mark.skipif(_CUDA is None, reason=f"CUDA kernels: {_CUDA_REASON}")
+    )
+]
 BACKENDS = [pytest.param(("torch", ""), id="torch"), *CPU, *TRITON]
 EVERY = [pytest.param(("reference", ""), id="reference"), *BACKENDS]
 

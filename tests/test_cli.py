@@ -119,7 +119,7 @@ def test_info(monkeypatch: pytest.MonkeyPatch):
     tables = found["triton"]["tables"]  # in this process, for the interpreter
     assert found["triton"]["serves"] == bool(tables) and all(Path(path).is_file() for path in tables.values())
     text = call("info").stdout
-    for name in (*_registry.OPS, *_registry.BACKENDS, "CPU features", "extension", "Triton kernels"):
+    for name in (*_registry.OPS, *_registry.BACKENDS, "CPU features", "extension", "CUDA kernels", "Triton kernels"):
         assert name in text
 
 

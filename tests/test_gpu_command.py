@@ -39,7 +39,7 @@ def test_every_test_file_runs_there_or_has_a_reason() -> None:
 def test_budgets_fit() -> None:
     assert sum(seconds for seconds, _ in gpu.GROUPS.values()) + gpu.OP_TESTS + gpu.MODEL_TESTS <= 540
     assert gpu.TOTAL <= 540
-    assert gpu.TOTAL >= gpu.BUILD + gpu.OP_TESTS + gpu.BENCHMARKS_AT_LEAST + gpu.MODEL_TESTS
+    assert gpu.TOTAL >= gpu.BUILD + gpu.OP_TESTS + gpu.SANITIZER + gpu.BENCHMARKS_AT_LEAST + gpu.MODEL_TESTS
 
 
 @pytest.mark.slow
@@ -115,6 +115,25 @@ def test_a_process_that_dies_takes_one_group_with_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(gpu, "STARTED", gpu.time.perf_counter())
     ended = gpu.run_benchmarks(["prefill", "decode", "backward"], tmp_path, arguments())
     assert ended["prefill"] == ended["backward"] == "ran" and "status" in ended["decode"]
+
+
+def test_findings_of_the_sanitizer_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(command: list[str], budget: float, log: Path, environment: dict[str, str]) -> int:
+        seen.append(command[2])
+        wrong = command[2] == "racecheck"
+        found = "========= Error: Race reported between Write access\n" if wrong else ""
+        log.write_text(f"========= COMPUTE-SANITIZER\n{found}========= ERROR SUMMARY: {int(wrong)} errors\n")
+        return 86 if wrong else 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "compute-sanitizer")
+    good, bad = gpu.sanitize(tmp_path, 30, arguments(device="cuda"))
+    assert sorted(seen) == ["memcheck", "racecheck"] and good["status"] == 0 and not good["failures"]
+    assert bad["failures"] == [{"test": "racecheck", "why": "Error: Race reported between Write access"}]
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.sanitize(tmp_path, 30, arguments(device="cuda")) == []
 
 
 def test_a_wrong_system_is_not_timed() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ COMPILER = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.whic
 def forget():
     """Each test loads anew; afterwards the real state comes back."""
     native.load.cache_clear()
+    native.load_cuda.cache_clear()
     yield
     native.load.cache_clear()
+    native.load_cuda.cache_clear()
 
 
 def seconds_of_children() -> float:
@@ -74,6 +77,82 @@ def test_build_info(built: ModuleType):
     assert info["torch"] == torch.__version__
     assert int(info["cxx_standard"]) >= 201703 or "msvc" in info["compiler"]
     assert str(ROOT) not in repr(info), "a path of the building machine got into the binary"
+
+
+def test_build_info_says_about_cuda(built: ModuleType):
+    """Here and wherever torch has no CUDA: why its kernels are not built."""
+    said = built.build_info()["cuda"]
+    assert said.startswith("built for " if torch.version.cuda and shutil.which("nvcc") else "not built: ")
+
+
+def scope_of_setup() -> dict[str, Any]:
+    """setup.py without its last call, which builds."""
+    code = (ROOT / "setup.py").read_text(encoding="utf-8").rsplit("\nsetup(", 1)[0]
+    scope: dict[str, Any] = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(code, "setup.py", "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize(
+    ("archs", "options"),
+    [
+        ("8.0", ["arch=compute_80,code=sm_80"]),
+        ("8.0;9.0a", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]),
+        ("10.0+PTX ", ["arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100"]),
+        ("8.6 12.0a", ["arch=compute_86,code=sm_86", "arch=compute_120a,code=sm_120a"]),
+    ],
+)
+def test_architectures(archs: str, options: list[str]):
+    assert scope_of_setup()["gencode"](archs) == " ".join(f"-gencode={option}" for option in options)
+
+
+def test_architectures_that_nobody_knows():
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected a list like '8.0;.*found 'Hopper'"):
+        scope_of_setup()["gencode"]("Hopper")
+
+
+@pytest.mark.parametrize(
+    ("mode", "nvcc", "version", "said"),
+    [
+        ("0", "nvcc", "cuda: Optional[str] = '13.0'", "not built: SOFTPROMPT_FAST_CUDA=0"),
+        ("auto", None, "cuda: Optional[str] = '13.0'", "not built: no nvcc"),
+        ("1", None, "cuda = None", "not built: no nvcc"),
+        (
+            "auto",
+            "nvcc",
+            "cuda: Optional[str] = None\nhip = '7'",
+            "not built: the building environment's torch has no",
+        ),
+        ("auto", "nvcc", None, "not built: no torch in the building environment"),
+        ("auto", "nvcc", "cuda: Optional[str] = '13.0'", ""),
+        ("1", "nvcc", None, ""),
+    ],
+)
+def test_why_the_cuda_kernels_are_not_built(
+    mode: str, nvcc: str | None, version: str | None, said: str, tmp_path: Path
+):
+    scope = scope_of_setup()
+    if version is not None:
+        (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\n{version}\n")
+    spec = None if version is None else SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    scope.update(CUDA=mode, nvcc=lambda: nvcc, find_spec=lambda name: spec)
+    found = scope["without_cuda"]()
+    assert found.startswith(said) and bool(found) == bool(said)
+
+
+def test_cuda_status_when_it_is_not_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SOFTPROMPT_FAST_CUDA_EMULATED", raising=False)
+    monkeypatch.setattr(native, "_CUDA_NAME", "softprompt_fast._no_such_binary")
+    module, reason = native.load_cuda()
+    assert module is None
+    assert native.cuda_build_info() == {}
+    assert "reinstall" in reason
+
+
+def test_cuda_status_when_the_emulated_build_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("SOFTPROMPT_FAST_CUDA_EMULATED", str(tmp_path / "_cuda.so"))
+    module, reason = native.load_cuda()
+    assert module is None and "does not load here" in reason
 
 
 def test_cpu_features_agree_with_the_system(built: ModuleType):

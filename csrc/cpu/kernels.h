@@ -5,23 +5,9 @@
 
 #include <stdint.h>
 
+#include "../tensor.h"
+
 namespace softprompt_fast {
-
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
-
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
-}
-
-// A strided tensor of up to four dimensions; strides count elements.
-struct Tensor {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t stride[4] = {0, 0, 0, 0};
-
-  explicit operator bool() const { return data != nullptr; }
-  void* at(int64_t offset) const { return (char*)data + offset * size_of(dtype); }
-};
 
 struct PrefixAttention;          // prefix_attention.h
 struct PrefixAttentionBackward;  // prefix_attention_backward.h

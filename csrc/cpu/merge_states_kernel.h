@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "merge_states.h"
+#include "../merge_states.h"
 #include "strided.h"
 
 namespace softprompt_fast {

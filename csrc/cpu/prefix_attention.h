@@ -69,18 +69,6 @@ constexpr int64_t prefix_attention_scratch(int64_t block, int64_t head_dim, int6
          + block * 8;                                              // each query's ranges of keys
 }
 
-// Values of an index tensor, int32 or int64, dense.
-struct Index {
-  const void* data = nullptr;
-  int64_t size = 0;
-  bool wide = false;
-
-  explicit operator bool() const { return data != nullptr; }
-  int64_t operator[](int64_t i) const {
-    return wide ? ((const int64_t*)data)[i] : ((const int32_t*)data)[i];
-  }
-};
-
 // The op's index tensors, each as in its contract or absent.
 struct PrefixAttentionRows {
   Index prefix_offsets, prefix_index, own_start, own_end, query_start;

@@ -1,30 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// prompt_concat: arguments of forward and backward, and where each row's pieces lie.
+// prompt_concat: the tasks that the CPU splits it into.
 #pragma once
 
+#include "../prompt_concat.h"
 #include "kernels.h"
 
 namespace softprompt_fast {
-
-struct Index;  // prefix_attention.h
-
-// A row of the result: `lead` empty slots, entries first..first+size-1 of the pack, the own tokens
-// from `start` on, and empty slots up to its end.
-struct PromptRow {
-  int64_t lead, first, size, start;
-};
-
-struct PromptConcat {
-  int64_t batch, own, packed, slots, width, vocabulary;
-  const int64_t* ids;  // [B, S] with id_stride, or null
-  int64_t id_stride[2];
-  Tensor tokens;  // [B, S, H] embeddings, where there are no ids
-  Tensor table;   // [V, H]
-  Tensor prompt;  // [L, H]
-  Tensor out;     // [B, slots + S, H], dense
-  float scale, prompt_scale;
-  const PromptRow* rows;  // B of them
-};
 
 constexpr int64_t kPromptGradColumns = 2048;  // a task's sums at most: 8 KB of the first cache
 
@@ -32,16 +13,6 @@ constexpr int64_t kPromptGradColumns = 2048;  // a task's sums at most: 8 KB of 
 struct PromptGradTask {
   int64_t entry_first, entry_last, column_first, column_last;
   int64_t row_begin, row_end;  // in the order of PromptConcatGrad: the rows that use the entries
-};
-
-struct PromptConcatGrad {
-  int64_t batch, own, packed, slots, width;
-  Tensor grad_out;     // [B, slots + S, H]
-  Tensor grad_prompt;  // [L, H], dense
-  Tensor grad_tokens;  // [B, S, H], dense; data null: not wanted
-  float scale, prompt_scale;
-  const PromptRow* rows;  // B of them
-  const int64_t* order;   // the rows' numbers, those of one prompt next to each other
 };
 
 // Fills in op.rows and writes op.out. Returns the first place of tokens, row * S + column, that is

@@ -422,6 +422,8 @@ def _print_info(found: dict[str, Any]) -> None:
     about.add_row("CPU kernels", found["extension"]["cpu_isa"] or "none without the extension")
     usable = [name for name, here in found["cpu_features"].items() if here]
     about.add_row("CPU features", " ".join(usable) or "unknown without the extension")
+    cuda = found["cuda"]["build"]
+    about.add_row("CUDA kernels", f"for {cuda['architectures']}" if cuda else found["cuda"]["reason"])
     about.add_row("Triton kernels", found["triton"]["reason"])
     for op, path in found["triton"]["tables"].items():
         about.add_row("", f"{op}: block sizes of {path}")

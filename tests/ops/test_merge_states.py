@@ -13,14 +13,14 @@ from softprompt_fast import ops
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.merge_states import merge_states as reference
 from softprompt_fast.testing import assert_within_noise, attention_inputs, guarded, poisoned_memory
-from tests.isas import BACKENDS, CPU, EVERY, using
+from tests.isas import BACKENDS, CPU, CUDA, EVERY, using
 
 SHAPES = [(), (1,), (2, 3), (0, 3), (2, 0, 3), (2, 3, 63), (129,)]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *CUDA])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param) as name:
         yield name

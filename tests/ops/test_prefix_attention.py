@@ -25,7 +25,7 @@ from softprompt_fast.testing import (
     visible,
 )
 from tests.device import DEVICE, cpu_only, randn, seeded
-from tests.isas import BACKENDS, needs_extension, using
+from tests.isas import BACKENDS, CUDA, needs_extension, using
 
 # ``ops.prefix_attention`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prefix_attention"]
@@ -178,7 +178,23 @@ def test_reference_is_the_contract(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
-    inputs = make(name, dtype)
+    check_forward(make(name, dtype), served)
+
+
+# What the CUDA kernels take.
+CUDA_DTYPES = [torch.bfloat16, torch.float16]
+CUDA_CASES = [name for name, case in CASES.items() if "bias" not in case]
+
+
+@pytest.mark.parametrize("served", CUDA)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_forward_in_cuda(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
+    check_forward(make(name, dtype), served)
+
+
+def check_forward(inputs: AttentionInputs, served: tuple[str, str]) -> None:
+    dtype = inputs.query.dtype
     with poisoned_memory(), using(served) as backend:
         out, lse = run(inputs, backend)
     exact = inputs.to(torch.float64)
@@ -233,6 +249,13 @@ def check_gradients(inputs: AttentionInputs, backend: str, use: tuple[int, ...] 
 def test_gradients(name: str, dtype: torch.dtype, served: tuple[str, str]) -> None:
     with using(served) as backend:
         check_gradients(make(name, dtype), backend)
+
+
+@pytest.mark.parametrize("served", CUDA)
+@pytest.mark.parametrize("name", ["plain", "decode left padded", "packed decode", "sinks decode window"])
+def test_gradients_in_cuda(name: str, served: tuple[str, str]) -> None:
+    """Triton's, of what the CUDA kernel has found."""
+    check_gradients(make(name, torch.bfloat16), served[0])
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -312,7 +335,17 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("name", SOME)
 def test_opcheck(name: str, backend: str) -> None:
-    inputs = make(name).requires_grad_()
+    check_op(make(name), backend)
+
+
+@pytest.mark.parametrize("served", CUDA)
+@pytest.mark.parametrize("name", ["decode left padded", "packed decode"])
+def test_opcheck_in_cuda(name: str, served: tuple[str, str]) -> None:
+    check_op(make(name, torch.bfloat16), served[0])
+
+
+def check_op(inputs: AttentionInputs, backend: str) -> None:
+    inputs.requires_grad_()
     o = {"causal": True, **inputs.options}
     names = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     args = [*inputs.tensors, *(o.get(n) for n in names), 0.25]

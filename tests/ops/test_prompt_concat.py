@@ -16,7 +16,7 @@ from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
 from tests.device import cpu_only
-from tests.isas import BACKENDS, CPU, EVERY, TRITON, using
+from tests.isas import BACKENDS, CPU, CUDA, EVERY, TRITON, using
 
 # ``ops.prompt_concat`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prompt_concat"]
@@ -42,7 +42,7 @@ CASES: dict[str, dict] = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *CUDA])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param) as name:
         yield name
@@ -54,7 +54,7 @@ def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(params=[*CPU, *TRITON])
+@pytest.fixture(params=[*CPU, *TRITON, *CUDA])
 def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param) as name:
         yield name
@@ -191,7 +191,7 @@ def test_compiles_to_one_graph_and_once(ids: bool, backend: str) -> None:
         call(5, 4)
 
 
-@pytest.mark.parametrize("served", BACKENDS)
+@pytest.mark.parametrize("served", [*BACKENDS, *CUDA])
 @settings(max_examples=50, deadline=None)
 @given(
     batch=st.integers(0, 4),

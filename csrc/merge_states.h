@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kernels.h"
+#include "tensor.h"
 
 namespace softprompt_fast {
 

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings know of the kernels: one function an op, in <op>.cu. They launch and return;
+// none waits for the device or reads a value that lies there, so a stream may be capturing. No CUDA
+// header.
+#pragma once
+
+#include "../merge_states.h"
+#include "../prompt_concat.h"
+#include "../prompt_qkv.h"
+#include "prefix_attention_decode.h"
+
+namespace softprompt_fast {
+namespace cuda {
+
+// Where a call's kernels go: a device and one of its streams (a cudaStream_t).
+struct Queue {
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
+void run_merge_states(const MergeStates& op, const Queue& queue);
+void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
+void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left,
+                       const Queue& queue);
+void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
+                                const Queue& queue);
+void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
+
+// The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
+DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);
+void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
+
+// Which capture the queue's stream takes part in; 0: none.
+uint64_t capture_of(const Queue& queue);
+
+}  // namespace cuda
+}  // namespace softprompt_fast

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches a kernel on a device's stream, or runs it in the emulator.
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+
+#include "../checks.h"
+#include "device.cuh"
+#include "kernels.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace softprompt_fast {
+namespace cuda {
+
+struct Grid {
+  dim3 blocks;
+  unsigned threads;     // of a block, whole warps
+  unsigned shared = 0;  // bytes of dynamic shared memory
+};
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(
+        concat(what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+  }
+}
+
+// Makes a device the current one, and the one before it at the end.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) {
+      check(cudaSetDevice(device), "cudaSetDevice");
+      changed_ = true;
+    }
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+// `kernel` takes one struct by value (`const __grid_constant__`, or a pointer into it makes a copy
+// in local memory). Nothing of it reads a device value or waits, so a stream may
+// be capturing. std::runtime_error where the launch is refused.
+template <auto kernel, typename Params>
+void launch(const Queue& queue, const Grid& grid, const Params& params) {
+  if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  const OnDevice on(queue.device);
+  if (grid.shared > (48u << 10)) {
+    static std::atomic<uint64_t> allowed{0};  // a bit a device
+    const uint64_t bit = uint64_t{1} << (queue.device & 63);
+    if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+      check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device)),
+            "cudaFuncSetAttribute");
+      allowed.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel((const void*)kernel, grid.blocks, dim3(grid.threads), arguments,
+                         grid.shared, (cudaStream_t)queue.stream),
+        "cudaLaunchKernel");
+}
+
+inline void set_zero(const Queue& queue, void* at, size_t bytes) {
+  const OnDevice on(queue.device);
+  check(cudaMemsetAsync(at, 0, bytes, (cudaStream_t)queue.stream), "cudaMemsetAsync");
+}
+
+#else
+
+inline int processors(int) { return 4; }  // few, so that tests split their work too
+
+template <auto kernel, typename Params>
+void launch(const Queue&, const Grid& grid, const Params& params) {
+  emulator::run(kernel, grid.blocks, dim3(grid.threads), grid.shared, params);
+}
+
+inline void set_zero(const Queue&, void* at, size_t bytes) { memset(at, 0, bytes); }
+
+#endif
+
+// Calls body(T()) with the type of a floating dtype.
+template <typename Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float());
+    case DType::kBFloat16:
+      return body(BFloat16());
+    case DType::kFloat16:
+      return body(Half());
+    default:
+      throw std::invalid_argument(
+          concat("expected a floating dtype code 0..2, found ", (int)dtype));
+  }
+}
+
+// The same for the types that tensor cores take.
+template <typename Body>
+void with_16_bits(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(BFloat16());
+    case DType::kFloat16:
+      return body(Half());
+    default:
+      throw std::invalid_argument(
+          concat("expected a 16-bit dtype code 1 or 2, found ", (int)dtype));
+  }
+}
+
+}  // namespace cuda
+}  // namespace softprompt_fast

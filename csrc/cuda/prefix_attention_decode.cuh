@@ -1,0 +1,804 @@
+// SPDX-License-Identifier: Apache-2.0
+// prefix_attention for few queries a row, in one launch: FlashAttention's online softmax over the
+// items of prefix_attention_plan.h, and the merge of their partial results by whoever ends last.
+//
+// A block of four warps takes an item. Of a large tile each warp has its own queries, 16 at a time
+// (`kFragments` times), and scores them against every key; of a small tile all warps have the same
+// 16 queries, and each a quarter of every block of keys, so that a row with a handful of queries
+// still has four warps at work. Keys and values come by cp.async, two blocks of kDecodeKeys ahead.
+// Products are mma.m16n8k16: scores leave one in the layout in which the next one wants weights.
+//
+// Entries of 8 bits are widened, exactly, on their way from one part of shared memory to another;
+// scores are multiplied by a key's scale, weights by a value's. (In float16 a weight times a small
+// scale would be below the range; there the value is multiplied.)
+//
+// Scores are kept in units of log 2, so that the softmax takes exp2, one instruction.
+#pragma once
+
+#include <math.h>
+
+#include <type_traits>
+
+#include "device.cuh"
+#include "prefix_attention_decode.h"
+
+namespace softprompt_fast {
+namespace cuda {
+
+constexpr int kStages = 2;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The keys and values that an item reads: key 0 of its row or prefix, and strides in elements.
+struct KeySource {
+  const void *key, *value;
+  int64_t key_stride, value_stride, key_feature, value_feature;
+  int first;  // entry of the pack that is key 0
+  bool vector;
+};
+
+// Heads are padded with zeros up to kHeadDim.
+template <int kHeadDim>
+struct DecodeShared {
+  static constexpr int kTile = decode_tile(kHeadDim);
+  static constexpr int kBlock = kDecodeKeys * kHeadDim;
+
+  uint16_t query[kTile * kHeadDim];
+  // [stage][keys, values]. Of 8-bit entries the first half has both stages, the second half a block
+  // of keys and one of values, widened.
+  alignas(128) uint16_t ring[kStages * 2 * kBlock];
+  float key_scale[kDecodeKeys], value_scale[kDecodeKeys];
+  Interval seen[kTile];  // by stacked query, before the tile's share is cut from it
+  DecodeItem item;
+  KeySource from;
+  int row[kTile];         // the tile's rows
+  int16_t merged[kTile];  // by row: the shares of its prefix if it is to be merged here, else -1
+  Interval warp_seen[kDecodeWarps];
+  float warp_top[kDecodeWarps][kSmallTile], warp_sum[kDecodeWarps][kSmallTile];
+
+  // Before the ring is in use, and after.
+  __device__ DecodeSection& section() { return *static_cast<DecodeSection*>(whole_ring()); }
+  __device__ float* warp_state(int warp) {
+    return static_cast<float*>(whole_ring()) + warp * kSmallTile * kHeadDim;
+  }
+  __device__ void* whole_ring() { return ring; }
+  static_assert(sizeof(DecodeSection) <= sizeof(ring), "the section lies in the ring");
+  static_assert(kDecodeWarps * kSmallTile * kHeadDim * 4 <= sizeof(ring), "states lie in the ring");
+};
+
+// Place of a 16-byte chunk in a block of rows of kHeadDim 16-bit numbers. Eight rows' chunks of one
+// column, as ldmatrix reads them, lie in different banks.
+template <int kHeadDim>
+__device__ __forceinline__ int chunk_at(int row, int chunk) {
+  constexpr int kChunks = kHeadDim / 8;
+  static_assert(kChunks % 4 == 0, "heads of 32, 64, 96, ...");
+  const int turned = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+  return (row * kChunks + turned) * 8;
+}
+
+// 16 bytes of a tensor's features: `valid` of them, then zeros. vector: all or none are valid, they
+// are neighbours in memory, and their address is a multiple of 16.
+template <typename Bits>
+__device__ __forceinline__ void copy_chunk(void* to, const void* from, int64_t at,
+                                           int64_t feature_stride, bool vector, int valid) {
+  const Bits* source = static_cast<const Bits*>(from);
+  if (vector) {
+    cp_async_16(to, valid > 0 ? source + at : source, valid > 0);
+    return;
+  }
+  constexpr int kCount = 16 / sizeof(Bits);
+  Vector<Bits, kCount> chunk;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    chunk.at[i] = i < valid ? source[at + i * feature_stride] : Bits(0);
+  }
+  store_vector(static_cast<Bits*>(to), chunk);
+}
+
+struct BlockTeam {
+  int rank = threadIdx.x;
+  static constexpr int size = kDecodeThreads;
+  __device__ void sync() const { __syncthreads(); }
+};
+
+// ---- what becomes of a state ----
+
+// Past L1, which may not hold what other blocks have written since.
+template <int size>
+__device__ __forceinline__ Vector<float, size> load_written(const float* p) {
+#if defined(__CUDACC__)
+  static_assert(size == 1 || size == 4, "those that are used");
+  if constexpr (size == 1) {
+    return {{__ldcg(p)}};
+  } else {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(p));
+    return {{x.x, x.y, x.z, x.w}};
+  }
+#else
+  return load_vector<size>(p);
+#endif
+}
+
+__device__ __forceinline__ float load_float(const Tensor& tensor, int64_t at) {
+  switch (tensor.dtype) {
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(tensor.data)[at]);
+    case DType::kFloat16:
+      return to_float(static_cast<const Half*>(tensor.data)[at]);
+    default:
+      return static_cast<const float*>(tensor.data)[at];
+  }
+}
+
+// Largest score, and the sum of weights 2^(score - largest).
+struct Softmax {
+  float top = -INFINITY, sum = 0.0f;
+
+  __device__ float shift() const { return top == -INFINITY ? 0.0f : top; }  // -inf - -inf is NaN
+  __device__ float log2() const { return sum == 0.0f ? -INFINITY : top + log2f(sum); }
+  __device__ float norm() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  // With one more score; what the weights so far are multiplied by.
+  __device__ float add(float score) {
+    const Softmax with = {fmaxf(top, score)};
+    const float fade = exp2_approximate(top - with.shift());
+    sum = sum * fade + exp2_approximate(score - with.shift());
+    top = with.top;
+    return fade;
+  }
+};
+
+struct Query {
+  int row, head, i;
+};
+
+__device__ __forceinline__ Query query_of(const DecodePlan& plan, int row, int kv_head, int query) {
+  return {row, kv_head * plan.groups + query / plan.queries, query % plan.queries};
+}
+
+template <typename T>
+__device__ __forceinline__ T* out_of(const PrefixAttentionDecode& p, const Query& q) {
+  return static_cast<T*>(p.out.data) + q.row * p.out.stride[0] + q.head * p.out.stride[1] +
+         q.i * p.out.stride[2];
+}
+
+__device__ __forceinline__ float& lse_of(const PrefixAttentionDecode& p, const Query& q) {
+  return p
+      .lse[(int64_t{q.row} * (p.plan.kv_heads * p.plan.groups) + q.head) * p.plan.queries + q.i];
+}
+
+// Of numbers from a column on those that are no padding.
+template <typename T, int count>
+__device__ __forceinline__ void store_rounded(T* out, int column, const Vector<float, count>& x,
+                                              int v_dim) {
+  Vector<T, count> rounded;
+#pragma unroll
+  for (int i = 0; i < count; ++i) rounded.at[i] = from_float<T>(x.at[i]);
+  if (v_dim % count == 0) {
+    if (column < v_dim) store_vector(out + column, rounded);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if (column + i < v_dim) out[column + i] = rounded.at[i];
+  }
+}
+
+// Its head's sink, in units of log 2.
+__device__ __forceinline__ float sink_of(const PrefixAttentionDecode& p, const Query& q) {
+  return load_float(p.sinks, q.head * p.sinks.stride[0]) * kLog2E;
+}
+
+// A stacked query's place in the workspace, in states.
+__device__ __forceinline__ int64_t state_of(const DecodePlan& plan, int row, int kv_head,
+                                            int query) {
+  return ((int64_t{row} * plan.kv_heads + kv_head) * plan.per_row + query) * plan.slots();
+}
+
+// Where the result of one query of an item goes: its slot, or out where it is the whole result.
+template <typename T, int kHeadDim>
+struct Destination {
+  float* state = nullptr;
+  T* out = nullptr;
+  float factor;
+
+  // `leads`: this thread writes the LSE.
+  __device__ Destination(const PrefixAttentionDecode& p, const DecodeItem& item, int row, int query,
+                         int slot, bool whole, Softmax found, bool leads) {
+    if (whole) {
+      const Query q = query_of(p.plan, row, item.kv_head, query);
+      factor = 1.0f;
+      if (p.sinks.data != nullptr) factor = found.add(sink_of(p, q));
+      out = out_of<T>(p, q);
+      if (leads) lse_of(p, q) = found.log2() * kLn2;
+      factor *= found.norm();
+    } else {
+      const int64_t at = state_of(p.plan, row, item.kv_head, query) + slot;
+      state = p.states + at * kHeadDim;
+      if (leads) p.state_lse[at] = found.log2();
+      factor = found.norm();
+    }
+  }
+
+  template <int count>
+  __device__ void store(int column, Vector<float, count> x, int v_dim) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) x.at[i] *= factor;
+    if (state != nullptr) {
+      store_vector(state + column, x);
+    } else {
+      store_rounded(out, column, x, v_dim);
+    }
+  }
+};
+
+// The partial results of every query of a tile's rows that are to be merged here into its result.
+// A thread takes four features of kQueries queries at a time and asks for kAhead partial results of
+// each before it waits for the first: whoever ends last may have a whole tile's to read, from L2.
+template <typename T, int kHeadDim>
+__device__ void merge_rows(const PrefixAttentionDecode& p, const DecodeShared<kHeadDim>& shared) {
+  constexpr int kThreads = kHeadDim / 4, kQueries = 4, kAhead = 5;
+  const DecodePlan& plan = p.plan;
+  const int kv_head = shared.item.kv_head, all = shared.item.rows * plan.per_row * kThreads;
+  for (int begin = threadIdx.x; begin < all; begin += kQueries * kDecodeThreads) {
+    Query query[kQueries];
+    int used[kQueries], longest = 0;
+    int64_t first[kQueries];
+    Softmax found[kQueries];
+    Vector<float, 4> sum[kQueries] = {};
+#pragma unroll
+    for (int k = 0; k < kQueries; ++k) {
+      const int at = begin + k * kDecodeThreads, j = at / kThreads;
+      const int r = at < all ? j / plan.per_row : 0;
+      used[k] = at < all && shared.merged[r] >= 0 ? plan.own_splits + shared.merged[r] : 0;
+      if (used[k] == 0) continue;
+      longest = used[k] > longest ? used[k] : longest;
+      query[k] = query_of(plan, shared.row[r], kv_head, j % plan.per_row);
+      first[k] = state_of(plan, shared.row[r], kv_head, j % plan.per_row);
+      if (p.sinks.data != nullptr) found[k].add(sink_of(p, query[k]));
+    }
+    const auto column = [&](int k) { return (begin + k * kDecodeThreads) % kThreads * 4; };
+    for (int slot = 0; slot < longest; slot += kAhead) {
+      Vector<float, 4> state[kQueries][kAhead];
+      float lse[kQueries][kAhead];
+#pragma unroll
+      for (int k = 0; k < kQueries; ++k) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          state[k][i] = {};
+          lse[k][i] = -INFINITY;
+          if (slot + i < used[k]) {
+            state[k][i] = load_written<4>(p.states + (first[k] + slot + i) * kHeadDim + column(k));
+            lse[k][i] = load_written<1>(p.state_lse + first[k] + slot + i).at[0];
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kQueries; ++k) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const float fade = found[k].add(lse[k][i]);
+          const float weight = exp2_approximate(lse[k][i] - found[k].shift());
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            sum[k].at[c] = sum[k].at[c] * fade + state[k][i].at[c] * weight;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kQueries; ++k) {
+      if (used[k] == 0) continue;
+      const float norm = found[k].norm();
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[k].at[c] *= norm;
+      store_rounded(out_of<T>(p, query[k]), column(k), sum[k], p.v_dim);
+      if (column(k) == 0) lse_of(p, query[k]) = found[k].log2() * kLn2;
+    }
+  }
+}
+
+// ---- an item ----
+
+// kAcross: among how many warps a tile's queries are shared; the keys of a block, among the rest.
+template <typename T, typename Entry, int kHeadDim, int kAcross, int kFragments>
+struct Attend {
+  static constexpr bool kWiden = sizeof(Entry) == 1;
+  static constexpr bool kScaleWeights = kWiden && !std::is_same<T, Half>::value;
+  static constexpr int kAlong = kDecodeWarps / kAcross;
+  static constexpr int kRows = 16 * kAcross * kFragments;
+  static constexpr int kWarpKeys = kDecodeKeys / kAlong;
+  static constexpr int kStep = kWarpKeys < 32 ? kWarpKeys : 32;
+  static constexpr int kBlock = kDecodeKeys * kHeadDim;
+
+  using Shared = DecodeShared<kHeadDim>;
+
+  const PrefixAttentionDecode& p;
+  Shared& shared;
+  // Read again wherever they are needed: in registers they would push accumulators out.
+  const DecodeItem& item = shared.item;
+  const KeySource& from = shared.from;
+  Interval share = {};
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int warp_rows = warp % kAcross * 16, warp_keys = warp / kAcross * kWarpKeys;
+  int live = 0;        // fragments of this warp that have queries
+  Interval open = {};  // keys that all queries of this warp see
+  float accumulator[kFragments][kHeadDim / 8][4] = {};
+  Softmax softmax[kFragments][2] = {};  // of rows lane / 4 and lane / 4 + 8; sums are this lane's
+
+  __device__ int fragment_row(int f) const { return f * 16 * kAcross + warp_rows; }
+
+  __device__ void load_queries() const {
+    constexpr int kChunks = kHeadDim / 8;
+    for (int c = threadIdx.x; c < kRows * kChunks; c += kDecodeThreads) {
+      const int j = c / kChunks, chunk = c % kChunks;
+      int64_t at = 0;
+      int valid = 0;
+      if (j < item.stacked) {
+        valid = p.head_dim - chunk * 8;
+        const int row = shared.row[j / p.plan.per_row];
+        const Query q = query_of(p.plan, row, item.kv_head, item.query(j, p.plan.per_row));
+        at = q.row * p.query.stride[0] + q.head * p.query.stride[1] + q.i * p.query.stride[2] +
+             chunk * 8 * p.query.stride[3];
+      }
+      copy_chunk<uint16_t>(shared.query + chunk_at<kHeadDim>(j, chunk), p.query.data, at,
+                           p.query.stride[3], p.vector_query, valid);
+    }
+  }
+
+  // Block number t of the share into its stage; nothing where there is none.
+  __device__ void load_keys(int t) const {
+    constexpr int kEach = 16 / sizeof(Entry), kChunks = kHeadDim / kEach;
+    const int begin = share.low + t * kDecodeKeys;
+    unsigned char* stage =
+        reinterpret_cast<unsigned char*>(shared.ring) + t % kStages * 2 * kBlock * sizeof(Entry);
+    if (begin < share.high) {
+#pragma unroll 1
+      for (int c = threadIdx.x; c < kDecodeKeys * kChunks; c += kDecodeThreads) {
+        const int n = c / kChunks, chunk = c % kChunks;
+        const bool exists = begin + n < share.high;
+        const int to = kWiden ? c * kEach : chunk_at<kHeadDim>(n, chunk);
+        const int64_t key = int64_t{begin} + n;
+        copy_chunk<Bits>(stage + to * sizeof(Entry), from.key,
+                         key * from.key_stride + chunk * kEach * from.key_feature, from.key_feature,
+                         from.vector, exists ? p.head_dim - chunk * kEach : 0);
+        copy_chunk<Bits>(stage + (kBlock + to) * sizeof(Entry), from.value,
+                         key * from.value_stride + chunk * kEach * from.value_feature,
+                         from.value_feature, from.vector, exists ? p.v_dim - chunk * kEach : 0);
+      }
+    }
+    cp_async_commit();
+  }
+  using Bits = std::conditional_t<kWiden, uint8_t, uint16_t>;
+
+  // Block t's 8-bit entries as numbers that products take, and their scales.
+  __device__ void widen(int t) const {
+    constexpr int kChunks = kHeadDim / 16;
+    const Entry* stage = reinterpret_cast<const Entry*>(shared.ring) + t % kStages * 2 * kBlock;
+    const int begin = share.low + t * kDecodeKeys;
+    static_assert(kDecodeThreads == 2 * kDecodeKeys, "a thread a scale");
+    const bool second = threadIdx.x >= kDecodeKeys;
+    const int n = threadIdx.x % kDecodeKeys;
+    const Tensor& scales = second ? p.prefix_value_scale : p.prefix_key_scale;
+    const int64_t at = item.kv_head * scales.stride[0] +
+                       (from.first + begin + n) / p.scale_block * scales.stride[1];
+    (second ? shared.value_scale : shared.key_scale)[n] =
+        begin + n < share.high ? static_cast<const float*>(scales.data)[at] : 0.0f;
+    if (!kScaleWeights) __syncthreads();
+    for (int c = threadIdx.x; c < 2 * kDecodeKeys * kChunks; c += kDecodeThreads) {
+      const int which = c / (kDecodeKeys * kChunks), row = c / kChunks % kDecodeKeys;
+      const auto entries = load_vector<16>(stage + c * 16);
+      const float factor = !kScaleWeights && which ? shared.value_scale[row] : 1.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vector<uint32_t, 4> wide;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = half * 8 + i * 2;
+          wide.at[i] =
+              pack2<T>(to_float(entries.at[at]) * factor, to_float(entries.at[at + 1]) * factor);
+        }
+        store_vector(reinterpret_cast<uint32_t*>(wide_block(which) +
+                                                 chunk_at<kHeadDim>(row, c % kChunks * 2 + half)),
+                     wide);
+      }
+    }
+  }
+
+  __device__ uint16_t* wide_block(int which) const {
+    return shared.ring + (kStages + which) * kBlock;
+  }
+
+  // This warp's queries against its keys of block t.
+  __device__ void compute(int t) {
+    const uint16_t* keys = kWiden ? wide_block(0) : shared.ring + t % kStages * 2 * kBlock;
+    const uint16_t* values = keys + kBlock;
+#pragma unroll 1
+    for (int step = 0; step < kWarpKeys; step += kStep) {
+      const int place = warp_keys + step, begin = share.low + t * kDecodeKeys + place;
+      if (begin >= share.high) break;
+      float scores[kFragments][kStep / 8][4] = {};
+      multiply_keys(keys, place, scores);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+        if (f < live) weigh(f, place, begin, scores[f]);
+      }
+      multiply_values(values, place, scores);
+    }
+  }
+
+  __device__ void multiply_keys(const uint16_t* keys, int place,
+                                float (&scores)[kFragments][kStep / 8][4]) const {
+#pragma unroll 4
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t a[kFragments][4];
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+        if (f < live) {
+          ldmatrix_x4(a[f], shared.query +
+                                chunk_at<kHeadDim>(fragment_row(f) + lane % 16, 2 * d + lane / 16));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4(b, keys + chunk_at<kHeadDim>(place + n * 16 + lane / 16 * 8 + lane % 8,
+                                                 2 * d + lane / 8 % 2));
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          if (f < live) {
+            mma_m16n8k16<T>(scores[f][2 * n], a[f], {b[0], b[1]});
+            mma_m16n8k16<T>(scores[f][2 * n + 1], a[f], {b[2], b[3]});
+          }
+        }
+      }
+    }
+  }
+
+  // Scores of fragment f into weights, and the state so far into the new unit.
+  __device__ void weigh(int f, int place, int begin, float (&scores)[kStep / 8][4]) {
+    const float factor = p.scale * kLog2E;
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] *= factor;
+        if (kWiden) scores[n][i] *= shared.key_scale[place + n * 8 + column + i % 2];
+      }
+    }
+    if (p.softcap != 0.0f) {
+      const float cap = p.softcap * kLog2E, inverse = 1.0f / cap;
+#pragma unroll
+      for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = cap * tanhf(scores[n][i] * inverse);
+      }
+    }
+    if (begin < open.low || begin + kStep > open.high) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Interval seen = shared.seen[fragment_row(f) + lane / 4 + half * 8];
+        const int low = seen.low - begin, high = (int)least(seen.high, share.high) - begin;
+#pragma unroll
+        for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int at = n * 8 + column + i;
+            if (at < low || at >= high) scores[n][half * 2 + i] = -INFINITY;
+          }
+        }
+      }
+    }
+    float fade[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Softmax& state = softmax[f][half];
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kStep / 8; ++n) {
+        top = fmaxf(top, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
+      }
+      const Softmax with = {fmaxf(state.top, warp_max<4>(top))};
+      const float shift = with.shift();
+      fade[half] = exp2_approximate(state.top - shift);
+      state.top = with.top;
+      state.sum *= fade[half];
+#pragma unroll
+      for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[n][half * 2 + i];
+          score = exp2_approximate(score - shift);
+          state.sum += score;
+          if (kScaleWeights) score *= shared.value_scale[place + n * 8 + column + i];
+        }
+      }
+    }
+    // Most blocks of a long prefix bring no larger score to any of a warp's rows.
+    if (__any_sync(kAllLanes, fade[0] != 1.0f || fade[1] != 1.0f)) {
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) accumulator[f][d][i] *= fade[i / 2];
+      }
+    }
+  }
+
+  __device__ void multiply_values(const uint16_t* values, int place,
+                                  const float (&weights)[kFragments][kStep / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < kStep / 16; ++n) {
+      uint32_t a[kFragments][4];
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float (&w)[4] = weights[f][2 * n + i / 2];
+          a[f][i] = pack2<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(
+            b, values + chunk_at<kHeadDim>(place + n * 16 + lane % 16, 2 * d + lane / 16));
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          if (f < live) {
+            mma_m16n8k16<T>(accumulator[f][2 * d], a[f], {b[0], b[1]});
+            mma_m16n8k16<T>(accumulator[f][2 * d + 1], a[f], {b[2], b[3]});
+          }
+        }
+      }
+    }
+  }
+
+  // What the tile's queries see, into shared.seen; returns the item's share of it. `sees(j)`.
+  template <typename Sees>
+  __device__ Interval find_share(Sees sees) {
+    Interval tile = {INT_MAX, 0};
+    for (int j = threadIdx.x; j < kRows; j += kDecodeThreads) {
+      // A place that no query has sees everything, so that it asks for no mask.
+      Interval one = {0, INT_MAX};
+      if (j < item.stacked) {
+        one = sees(j);
+        if (one.low < one.high) tile = joined(tile, one);
+      }
+      shared.seen[j] = one;
+    }
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2) {
+      tile = joined(tile, {__shfl_xor_sync(kAllLanes, tile.low, bit),
+                           __shfl_xor_sync(kAllLanes, tile.high, bit)});
+    }
+    if (lane == 0) shared.warp_seen[warp] = tile;
+    __syncthreads();
+    for (int w = 0; w < kDecodeWarps; ++w) tile = joined(tile, shared.warp_seen[w]);
+    return tile.low < tile.high ? share_of(tile, item.split, item.splits) : Interval{0, 0};
+  }
+
+  template <typename Sees>
+  __device__ void run(Sees sees, int slot, bool whole) {
+    share = find_share(sees);
+    load_queries();
+    for (int t = 0; t < kStages; ++t) load_keys(t);
+
+    open = {0, share.high};
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      live += fragment_row(f) < item.stacked;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Interval seen = shared.seen[fragment_row(f) + lane / 4 + half * 8];
+        open = {(int)most(open.low, seen.low), (int)least(open.high, seen.high)};
+      }
+    }
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2) {
+      open.low = (int)most(open.low, __shfl_xor_sync(kAllLanes, open.low, bit));
+      open.high = (int)least(open.high, __shfl_xor_sync(kAllLanes, open.high, bit));
+    }
+
+    const int blocks = (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys;
+    for (int t = 0; t < blocks; ++t) {
+      cp_async_wait<kStages - 1>();
+      __syncthreads();
+      if constexpr (kWiden) {
+        widen(t);
+        __syncthreads();
+        load_keys(t + kStages);
+      }
+      if (live > 0) compute(t);
+      if (!kWiden) {
+        __syncthreads();
+        load_keys(t + kStages);
+      }
+    }
+    cp_async_wait<0>();
+
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) softmax[f][half].sum = warp_sum<4>(softmax[f][half].sum);
+    }
+    if constexpr (kAlong == 1) {
+      store_warp(slot, whole);
+    } else {
+      store_together(slot, whole);
+    }
+  }
+
+  __device__ Destination<T, kHeadDim> destination(int j, int slot, bool whole, Softmax found,
+                                                  bool leads) const {
+    const int row = shared.row[j / p.plan.per_row];
+    return {p, item, row, item.query(j, p.plan.per_row), slot, whole, found, leads};
+  }
+
+  __device__ void store_warp(int slot, bool whole) const {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = fragment_row(f) + lane / 4 + half * 8;
+        if (j >= item.stacked) continue;
+        const auto to = destination(j, slot, whole, softmax[f][half], lane % 4 == 0);
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; ++d) {
+          to.store(d * 8 + lane % 4 * 2,
+                   Vector<float, 2>{{accumulator[f][d][half * 2], accumulator[f][d][half * 2 + 1]}},
+                   p.v_dim);
+        }
+      }
+    }
+  }
+
+  // The warps' states of the same queries, over different keys, as one.
+  __device__ void store_together(int slot, bool whole) const {
+    __syncthreads();  // the ring has been read
+    float* mine = shared.warp_state(warp);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = lane / 4 + half * 8;
+      if (j >= item.stacked) continue;
+      if (lane % 4 == 0) {
+        shared.warp_top[warp][j] = softmax[0][half].top;
+        shared.warp_sum[warp][j] = softmax[0][half].sum;
+      }
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        store_vector(
+            mine + j * kHeadDim + d * 8 + lane % 4 * 2,
+            Vector<float, 2>{{accumulator[0][d][half * 2], accumulator[0][d][half * 2 + 1]}});
+      }
+    }
+    __syncthreads();
+    constexpr int kThreads = kHeadDim / 4;
+    for (int at = threadIdx.x; at < item.stacked * kThreads; at += kDecodeThreads) {
+      const int j = at / kThreads, column = at % kThreads * 4;
+      Softmax all;
+      for (int w = 0; w < kDecodeWarps; ++w) all.top = fmaxf(all.top, shared.warp_top[w][j]);
+      const float shift = all.shift();
+      Vector<float, 4> sum = {};
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float weight = exp2_approximate(shared.warp_top[w][j] - shift);
+        const auto state = load_vector<4>(shared.warp_state(w) + j * kHeadDim + column);
+        all.sum += weight * shared.warp_sum[w][j];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.at[i] += weight * state.at[i];
+      }
+      destination(j, slot, whole, all, column == 0).store(column, sum, p.v_dim);
+    }
+  }
+};
+
+template <typename T, typename Entry, int kHeadDim, typename Sees>
+__device__ void attend(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared, Sees sees,
+                       int slot, bool whole) {
+  if (shared.item.is_small) {
+    Attend<T, Entry, kHeadDim, 1, 1>{p, shared}.run(sees, slot, whole);
+  } else {
+    Attend<T, Entry, kHeadDim, kDecodeWarps, decode_fragments(kHeadDim)>{p, shared}.run(sees, slot,
+                                                                                        whole);
+  }
+}
+
+// Says that the item is done for each of its rows, and merges those that waited for nothing else.
+template <typename T, int kHeadDim>
+__device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared,
+                       unsigned weight) {
+  const DecodeItem& item = shared.item;
+  __threadfence();  // this thread's partial results, before
+  __syncthreads();  // any of the block's arrivals
+  for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
+    unsigned* counter = p.counters + int64_t{shared.row[r]} * p.plan.kv_heads + item.kv_head;
+    const unsigned now = atomicAdd(counter, weight) + weight;
+    const bool last = (now & 0xFFFFu) == p.plan.expected();
+    shared.merged[r] = (int16_t)(last ? (int)(now >> 16) : -1);
+    if (last) *counter = 0;  // for the next call
+  }
+  __threadfence();
+  __syncthreads();
+  merge_rows<T>(p, shared);
+}
+
+// A thread has set the item's row or rows; true where there is an item.
+template <typename Entry, int kHeadDim>
+__device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
+  const DecodePlan& plan = p.plan;
+  const int section = (int)(blockIdx.x / plan.prefix_blocks);
+  if (plan.indexed) sort_section(BlockTeam(), plan, p.rows, section, shared.section());
+  DecodeItem item;
+  if (!prefix_item(plan, p.rows, shared.section(), blockIdx.x % plan.prefix_blocks, item)) {
+    return false;
+  }
+  for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
+    shared.row[r] = plan.indexed ? shared.section().order[item.first_row + r] : item.first_row + r;
+  }
+  if (threadIdx.x == 0) {
+    const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;
+    const int first = item.entries.first;
+    shared.item = item;
+    shared.from = {
+        static_cast<const Entry*>(p.prefix_key.data) + item.kv_head * key[0] + first * key[1],
+        static_cast<const Entry*>(p.prefix_value.data) + item.kv_head * value[0] + first * value[1],
+        key[1],
+        value[1],
+        key[2],
+        value[2],
+        first,
+        p.vector_prefix};
+  }
+  __syncthreads();
+  return true;
+}
+
+template <typename T, int kHeadDim>
+__device__ void find_own_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
+  if (threadIdx.x == 0) {
+    const DecodeItem item = own_item(p.plan, blockIdx.x - p.plan.all_prefix_blocks());
+    const int64_t *key = p.key.stride, *value = p.value.stride, row = item.first_row;
+    shared.item = item;
+    shared.row[0] = (int)row;
+    shared.from = {static_cast<const T*>(p.key.data) + row * key[0] + item.kv_head * key[1],
+                   static_cast<const T*>(p.value.data) + row * value[0] + item.kv_head * value[1],
+                   key[2],
+                   value[2],
+                   key[3],
+                   value[3],
+                   0,
+                   p.vector_own};
+  }
+  __syncthreads();
+}
+
+template <typename T, typename Entry, int kHeadDim>
+__global__ void __launch_bounds__(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
+    prefix_attention_decode(const PrefixAttentionDecode p) {
+  auto& shared = *reinterpret_cast<DecodeShared<kHeadDim>*>(shared_memory());
+  const DecodePlan& plan = p.plan;
+  const DecodeItem& item = shared.item;
+  if (blockIdx.x < plan.all_prefix_blocks()) {
+    if (!find_prefix_item<Entry>(p, shared)) return;
+    const auto sees = [&](int j) {
+      const OwnRange own = own_range(plan, p.rows, shared.row[j / plan.per_row]);
+      return sees_prefix(item.entries.length, own, item.query(j, plan.per_row) % plan.queries,
+                         p.window);
+    };
+    attend<T, Entry>(p, shared, sees, plan.own_splits + item.split, false);
+    arrive<T>(p, shared, prefix_arrival(plan, item));
+  } else {
+    find_own_item<T>(p, shared);
+    const int row = shared.row[0];
+    const bool has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, row)).length > 0;
+    const bool whole = is_whole(plan, has_prefix);
+    const OwnRange own = own_range(plan, p.rows, row);
+    const auto sees = [&](int j) {
+      return sees_own(own, item.query(j, plan.per_row) % plan.queries, p.causal, p.window);
+    };
+    attend<T, T>(p, shared, sees, item.split, whole);
+    if (!whole) arrive<T>(p, shared, own_arrival(plan, item, has_prefix));
+  }
+}
+
+}  // namespace cuda
+}  // namespace softprompt_fast

@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+// prefix_attention's decode kernel: which block computes what. Plain C++, for host and device;
+// csrc/tests/prefix_attention_plan_test.cpp holds it to its promises.
+//
+// The queries of a row that share a key/value head, G * S of them, are stacked: query j of a row is
+// query j % S of head j / S. Two kinds of item, one a block of threads:
+//
+//  * a prefix item takes a tile of stacked queries of rows that share a prefix against one of its
+//    shares of that prefix's entries;
+//  * an own item takes a tile of one row's stacked queries against a share of the row's own keys.
+//
+// How many items of the first kind there are depends on values that only the device knows: which
+// rows share a prefix and how long it is. The host launches as many blocks as sizes alone allow for
+// (`prefix_blocks`), and each of them works out its item, or that there is none left for it. To do
+// so it sorts the rows by prefix, at most kSection of them: rows of different sections share no
+// tile, which costs one more read of a prefix per section and bounds the shared memory. Own items
+// follow from sizes and need no sorting.
+//
+// Each item leaves a partial result in a slot of the workspace and arrives at the counter of every
+// (row, key/value head) that it worked for. Who arrives last merges. Items that do not know how
+// many shares a row's prefix has still agree on the last arrival, for a row's arrivals always sum
+// up to `DecodePlan::expected()`: the item of a prefix's first share also counts for those that the
+// prefix could have had and has not, and so does a row's first own item where there is no prefix.
+#pragma once
+
+#include <limits.h>
+
+#include "../tensor.h"
+
+#if defined(__CUDACC__)
+#define SOFTPROMPT_FAST_BOTH __host__ __device__ inline
+#else
+#define SOFTPROMPT_FAST_BOTH inline
+#endif
+
+namespace softprompt_fast {
+namespace cuda {
+
+constexpr int kSection = 256;    // rows that are sorted together
+constexpr int kDecodeKeys = 64;  // keys that are scored at a time; shares are multiples of it
+constexpr int kSmallTile =
+    16;  // stacked queries of the smaller tile: what one matrix product takes
+constexpr int kMaxSplits = 32;      // shares of a prefix, and of a row's own keys
+constexpr int kFarthest = 1 << 29;  // positions and windows further out see the same
+constexpr int kNoPrefix = INT_MAX;
+
+SOFTPROMPT_FAST_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SOFTPROMPT_FAST_BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SOFTPROMPT_FAST_BOTH int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct DecodeSizes {
+  int64_t batch, q_heads, kv_heads, queries, own, packed;
+  int64_t prefixes;  // N
+  bool offsets;      // prefix_offsets were given: lengths are known to the device only
+  bool indexed;      // prefix_index was given: so is who shares a prefix
+};
+
+struct DecodePlan {
+  int batch, kv_heads, groups, queries, own, packed;
+  bool indexed;
+  int per_row;    // stacked queries of a row and key/value head, G * S
+  int tile;       // stacked queries of a large tile
+  int row_tiles;  // large tiles of one row
+  int own_tile, own_tiles, own_splits;
+  int sections, wanted, min_blocks;
+  int prefix_splits;      // the most shares a prefix can have
+  int64_t prefix_blocks;  // of one section
+
+  SOFTPROMPT_FAST_BOTH int slots() const { return own_splits + prefix_splits; }
+  SOFTPROMPT_FAST_BOTH int64_t units() const { return int64_t{batch} * kv_heads; }
+  SOFTPROMPT_FAST_BOTH int64_t states() const { return units() * per_row * slots(); }
+  SOFTPROMPT_FAST_BOTH int64_t all_prefix_blocks() const { return sections * prefix_blocks; }
+  SOFTPROMPT_FAST_BOTH int64_t own_blocks() const { return units() * own_tiles * own_splits; }
+  SOFTPROMPT_FAST_BOTH int64_t blocks() const { return all_prefix_blocks() + own_blocks(); }
+  SOFTPROMPT_FAST_BOTH unsigned expected() const {
+    return own_tiles * own_splits + prefix_splits * row_tiles;
+  }
+  // Whole rows in a large tile; 1 also where a row takes several tiles.
+  SOFTPROMPT_FAST_BOTH int tile_rows() const { return (int)most(1, tile / per_row); }
+  SOFTPROMPT_FAST_BOTH bool small(int64_t rows) const { return rows * per_row <= kSmallTile; }
+  SOFTPROMPT_FAST_BOTH int64_t tiles(int64_t rows) const {
+    return small(rows) ? 1 : divide_up(rows, tile_rows()) * row_tiles;
+  }
+  // Key blocks a share. `work`: tiles times key blocks over all prefixes of a section.
+  SOFTPROMPT_FAST_BOTH int64_t share_blocks(int64_t work, int64_t longest) const {
+    return most(most(min_blocks, divide_up(work * kv_heads, wanted)),
+                divide_up(longest, prefix_splits));
+  }
+};
+
+// The op's index tensors, dense, each as in its contract or absent.
+struct DecodeRows {
+  Index prefix_offsets, prefix_index, own_start, own_end, query_start;
+};
+
+// `tile`: queries of a large tile. `resident`: blocks that the device runs at a time.
+// `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before prefixes
+// get fewer shares for it. Example: 64 rows of one query, 32 heads over 8, 1024 entries, tiles of
+// 128, 264 resident blocks: 512 own items, and 2 tiles on each of 8 heads against 4 shares of 256
+// entries.
+inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, int64_t state_bytes,
+                              int64_t most_bytes = int64_t{128} << 20) {
+  DecodePlan plan = {};
+  plan.batch = (int)sizes.batch;
+  plan.kv_heads = (int)sizes.kv_heads;
+  plan.groups = (int)(sizes.q_heads / sizes.kv_heads);
+  plan.queries = (int)sizes.queries;
+  plan.own = (int)sizes.own;
+  plan.packed = (int)sizes.packed;
+  plan.indexed = sizes.indexed;
+  plan.per_row = plan.groups * plan.queries;
+  plan.tile = tile;
+  plan.row_tiles = (int)divide_up(plan.per_row, tile);
+  plan.own_tile = plan.per_row <= kSmallTile ? kSmallTile : tile;
+  plan.own_tiles = (int)divide_up(plan.per_row, plan.own_tile);
+
+  // Own keys: split where there are too few rows to fill the device, 128 keys or more a share.
+  const int64_t own_items = plan.units() * plan.own_tiles;
+  const bool own_fills = own_items >= resident;
+  plan.own_splits = (int)most(
+      1, least(least(resident / own_items, divide_up(sizes.own, 2 * kDecodeKeys)), kMaxSplits));
+
+  // Prefixes. Beside own items that fill the device alone, a block on every other place: one kind's
+  // arithmetic then runs beside the other kind's loads.
+  plan.sections = sizes.indexed ? (int)divide_up(sizes.batch, kSection) : 1;
+  const int64_t rows = sizes.indexed ? least(sizes.batch, kSection) : sizes.batch;
+  plan.wanted = (int)most(1, resident / (own_fills ? 2 : 1) / plan.sections);
+  plan.min_blocks = own_fills ? 4 : 2;
+  const int64_t longest = divide_up(sizes.packed, kDecodeKeys);
+  if (longest == 0) return plan;
+  const int64_t least_tiles = sizes.indexed ? 1 : plan.tiles(rows);
+  int64_t splits = least(divide_up(longest, plan.min_blocks), kMaxSplits);
+  splits = least(splits, divide_up(plan.wanted, plan.kv_heads * least_tiles));
+  const int64_t slot_bytes = plan.units() * plan.per_row * state_bytes;
+  plan.prefix_splits = (int)most(1, least(splits, most_bytes / slot_bytes - plan.own_splits));
+  if (!sizes.indexed && !sizes.offsets) {
+    const int64_t share = plan.share_blocks(least_tiles * longest, longest);
+    plan.prefix_blocks = plan.kv_heads * least_tiles * divide_up(longest, share);
+  } else {
+    // A group of rows has less than one tile more than its share of them, and ceil(blocks / share)
+    // is less than one more than the quotient.
+    const int64_t groups = sizes.indexed ? least(rows, most(1, sizes.prefixes)) : 1;
+    const int64_t tiles =
+        plan.kv_heads * least(rows, rows / plan.tile_rows() + groups) * plan.row_tiles;
+    plan.prefix_blocks = least(plan.wanted + tiles, tiles * plan.prefix_splits);
+  }
+  return plan;
+}
+
+SOFTPROMPT_FAST_BOTH int64_t read_index(const Index& index, int64_t i) {
+  return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];
+}
+
+struct Range {
+  int first, length;
+};
+
+// Entries of prefix n in the pack.
+SOFTPROMPT_FAST_BOTH Range prefix_range(const DecodePlan& plan, const DecodeRows& rows, int64_t n) {
+  if (n < 0) return {0, 0};
+  if (rows.prefix_offsets.data == nullptr) return {0, plan.packed};
+  const int first = (int)read_index(rows.prefix_offsets, n);
+  return {first, (int)read_index(rows.prefix_offsets, n + 1) - first};
+}
+
+SOFTPROMPT_FAST_BOTH int64_t row_prefix(const DecodeRows& rows, int row) {
+  return rows.prefix_index.data == nullptr ? 0 : read_index(rows.prefix_index, row);
+}
+
+struct OwnRange {
+  int start, end, position;  // own_start, own_end, own position of the first query
+};
+
+SOFTPROMPT_FAST_BOTH OwnRange own_range(const DecodePlan& plan, const DecodeRows& rows, int row) {
+  OwnRange own = {0, plan.own, plan.own - plan.queries};
+  if (rows.own_start.data != nullptr) own.start = (int)read_index(rows.own_start, row);
+  if (rows.own_end.data != nullptr) own.end = (int)read_index(rows.own_end, row);
+  if (rows.query_start.data != nullptr) {
+    const int64_t at = read_index(rows.query_start, row);
+    own.position = (int)most(-kFarthest, least(at, kFarthest));
+  }
+  return own;
+}
+
+// Keys [first, second) of its prefix, and of its own, that query i of a row sees. window 0: none.
+struct Interval {
+  int low, high;
+};
+
+// The interval from the lower one's beginning to the higher one's end.
+SOFTPROMPT_FAST_BOTH Interval joined(Interval a, Interval b) {
+  return {(int)least(a.low, b.low), (int)most(a.high, b.high)};
+}
+
+SOFTPROMPT_FAST_BOTH Interval sees_prefix(int length, const OwnRange& own, int i, int window) {
+  const int64_t place = int64_t{length} + own.position + i - own.start;
+  const int64_t low = window ? most(0, place - window + 1) : 0;
+  return {(int)least(low, length), length};
+}
+
+SOFTPROMPT_FAST_BOTH Interval sees_own(const OwnRange& own, int i, bool causal, int window) {
+  const int64_t position = int64_t{own.position} + i;
+  int64_t low = own.start, high = own.end;
+  if (causal) high = least(high, position + 1);
+  if (window) low = most(low, position - window + 1);
+  return {(int)least(low, high), (int)high};
+}
+
+// One of `splits` equal shares of [low, high), whole blocks of keys but for the last.
+SOFTPROMPT_FAST_BOTH Interval share_of(Interval keys, int split, int splits) {
+  const int64_t share =
+      divide_up(divide_up(most(0, keys.high - keys.low), splits), kDecodeKeys) * kDecodeKeys;
+  const int64_t low = least(keys.low + split * share, keys.high);
+  return {(int)low, (int)least(low + share, keys.high)};
+}
+
+// What a section's blocks work out together, in shared memory.
+struct DecodeSection {
+  int prefix[kSection];     // by row: which one, kNoPrefix where there are no entries
+  int same[kSection];       // by row: rows of the same prefix if it is the first of them, else 0
+  int order[kSection];      // rows in the order of their prefixes
+  int groups;               // prefixes in use
+  int first[kSection];      // by group: its first place in the order
+  int rows[kSection];       // by group
+  Range entries[kSection];  // by group
+};
+
+// The only thread there is; on the device a block of them takes its place.
+struct Alone {
+  static constexpr int rank = 0, size = 1;
+  void sync() const {}
+};
+
+// Quadratic: 256 rows on 128 threads are 1024 comparisons a thread, some microsecond.
+template <typename Team>
+SOFTPROMPT_FAST_BOTH void sort_section(const Team& team, const DecodePlan& plan,
+                                       const DecodeRows& rows, int section, DecodeSection& out) {
+  const int begin = section * kSection, count = (int)least(kSection, plan.batch - begin);
+  for (int i = team.rank; i < count; i += team.size) {
+    const int64_t n = row_prefix(rows, begin + i);
+    out.prefix[i] = prefix_range(plan, rows, n).length > 0 ? (int)n : kNoPrefix;
+  }
+  team.sync();
+  for (int i = team.rank; i < count; i += team.size) {
+    const int mine = out.prefix[i];
+    int same = 0, earlier = 0;
+    for (int j = 0; j < count; ++j) {
+      same += out.prefix[j] == mine;
+      earlier += out.prefix[j] == mine && j < i;
+    }
+    out.same[i] = mine == kNoPrefix || earlier ? 0 : same;
+  }
+  team.sync();
+  for (int i = team.rank; i < count; i += team.size) {
+    const int mine = out.prefix[i];
+    int rank = 0, group = 0, groups = 0;
+    for (int j = 0; j < count; ++j) {
+      const bool before = out.prefix[j] < mine;
+      rank += before || (out.prefix[j] == mine && j < i);
+      group += before && out.same[j] > 0;
+      groups += out.same[j] > 0;
+    }
+    out.order[rank] = begin + i;
+    if (out.same[i] > 0) {
+      out.first[group] = rank;
+      out.rows[group] = out.same[i];
+      out.entries[group] = prefix_range(plan, rows, mine);
+    }
+    if (i == 0) out.groups = groups;
+  }
+  team.sync();
+}
+
+struct DecodeItem {
+  int kv_head;
+  int first_row, rows;       // places in the section's order; an own item's row
+  int first_query, stacked;  // of each row's stacked queries the first; how many in the tile
+  int split, splits;
+  int row_splits;  // arrivals of a row's prefix items: shares times tiles of the row
+  Range entries;   // of a prefix item
+  bool is_small;   // the tile is one of kSmallTile
+
+  // Stacked query j of the tile: place of its row, and which of the row's.
+  SOFTPROMPT_FAST_BOTH int row(int j, int per_row) const { return first_row + j / per_row; }
+  SOFTPROMPT_FAST_BOTH int query(int j, int per_row) const { return first_query + j % per_row; }
+};
+
+// The item of a section's block number `block`; false: there is none. `section` is read only where
+// rows have a prefix_index; else all rows are one group, in their own order.
+SOFTPROMPT_FAST_BOTH bool prefix_item(const DecodePlan& plan, const DecodeRows& rows,
+                                      const DecodeSection& section, int64_t block,
+                                      DecodeItem& item) {
+  const int groups = plan.indexed ? section.groups : 1;
+  const Range whole = plan.indexed ? Range{0, 0} : prefix_range(plan, rows, 0);
+  int64_t work = 0, longest = 0;
+  for (int g = 0; g < groups; ++g) {
+    const int64_t count = plan.indexed ? section.rows[g] : plan.batch;
+    const int64_t blocks =
+        divide_up((plan.indexed ? section.entries[g] : whole).length, kDecodeKeys);
+    work += plan.tiles(count) * blocks;
+    longest = most(longest, blocks);
+  }
+  if (work == 0) return false;
+  const int64_t share = plan.share_blocks(work, longest);
+  for (int g = 0; g < groups; ++g) {
+    const int count = plan.indexed ? section.rows[g] : plan.batch;
+    const Range entries = plan.indexed ? section.entries[g] : whole;
+    const int64_t tiles = plan.tiles(count);
+    const int64_t splits = divide_up(divide_up(entries.length, kDecodeKeys), share);
+    if (block >= tiles * plan.kv_heads * splits) {
+      block -= tiles * plan.kv_heads * splits;
+      continue;
+    }
+    // Tiles that read the same entries stand next to one another: what one loads, the next finds
+    // in L2.
+    const int tile = (int)(block % tiles);
+    item.kv_head = (int)(block / tiles % plan.kv_heads);
+    item.split = (int)(block / tiles / plan.kv_heads);
+    item.splits = (int)splits;
+    item.entries = entries;
+    item.is_small = plan.small(count);
+    item.row_splits = item.splits * plan.row_tiles;
+    const int first = plan.indexed ? section.first[g] : 0;
+    const int whole_rows = item.is_small ? count : plan.tile_rows();
+    const int skipped = tile / plan.row_tiles * whole_rows;
+    item.first_row = first + skipped;
+    item.rows = (int)least(whole_rows, count - skipped);
+    item.first_query = plan.row_tiles > 1 ? tile % plan.row_tiles * plan.tile : 0;
+    item.stacked = plan.row_tiles > 1 ? (int)least(plan.tile, plan.per_row - item.first_query)
+                                      : item.rows * plan.per_row;
+    return true;
+  }
+  return false;
+}
+
+SOFTPROMPT_FAST_BOTH DecodeItem own_item(const DecodePlan& plan, int64_t block) {
+  DecodeItem item = {};
+  item.split = (int)(block % plan.own_splits);
+  item.splits = plan.own_splits;
+  block /= plan.own_splits;
+  item.first_query = (int)(block % plan.own_tiles) * plan.own_tile;
+  block /= plan.own_tiles;
+  item.kv_head = (int)(block % plan.kv_heads);
+  item.first_row = (int)(block / plan.kv_heads);
+  item.rows = 1;
+  item.stacked = (int)least(plan.own_tile, plan.per_row - item.first_query);
+  item.is_small = plan.own_tile == kSmallTile;
+  return item;
+}
+
+// A counter holds arrivals in its low half, and the number of shares of the row's prefix above.
+SOFTPROMPT_FAST_BOTH unsigned prefix_arrival(const DecodePlan& plan, const DecodeItem& item) {
+  if (item.split != 0 || item.first_query != 0) return 1;
+  return (unsigned)item.splits << 16 |
+         (unsigned)(1 + plan.prefix_splits * plan.row_tiles - item.row_splits);
+}
+
+SOFTPROMPT_FAST_BOTH unsigned own_arrival(const DecodePlan& plan, const DecodeItem& item,
+                                          bool has_prefix) {
+  const bool first = item.split == 0 && item.first_query == 0;
+  return 1 + (first && !has_prefix ? plan.prefix_splits * plan.row_tiles : 0);
+}
+
+// Whether an item's result is a row's whole result: then nothing is merged and nobody arrives.
+SOFTPROMPT_FAST_BOTH bool is_whole(const DecodePlan& plan, bool has_prefix) {
+  return !has_prefix && plan.own_splits == 1;
+}
+
+}  // namespace cuda
+}  // namespace softprompt_fast

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+#include "launch.h"
+#include "prompt_qkv.cuh"
+
+namespace softprompt_fast {
+namespace cuda {
+namespace {
+
+// Few rows leave registers for nothing but the weights, and many small blocks read them best; with
+// more rows a block takes more columns, for each block reads all rows again.
+template <typename T, int row_tiles, int groups>
+void run(const PromptQkv& op, const Queue& queue) {
+  using Shared = QkvShared<row_tiles, groups>;
+  const int64_t lines = op.concat.batch * (op.concat.slots + op.concat.own);
+  const int64_t pairs = ((op.q_heads + op.kv_heads) * op.head_dim + op.kv_heads * op.value_dim) / 2;
+  const auto blocks = [](int64_t count, int64_t a_block) {
+    return (unsigned)((count + a_block - 1) / a_block);
+  };
+  const Grid grid{dim3(blocks(pairs, 8 * groups), blocks(lines, Shared::kRows)), kQkvThreads,
+                  (unsigned)sizeof(Shared)};
+  launch<prompt_qkv<T, row_tiles, groups>>(queue, grid, op);
+}
+
+}  // namespace
+
+void run_prompt_qkv(const PromptQkv& op, const Queue& queue) {
+  const int64_t lines = op.concat.batch * (op.concat.slots + op.concat.own);
+  if (lines > 1 << 16) {
+    throw std::invalid_argument(concat("expected at most 65536 rows, found ", lines));
+  }
+  if (lines == 0) return;
+  with_16_bits(op.out[0].dtype, [&](auto type) {
+    using T = decltype(type);
+    if (lines <= 16) {
+      run<T, 1, 1>(op, queue);
+    } else if (lines <= 32) {
+      run<T, 2, 2>(op, queue);
+    } else {
+      run<T, 4, 2>(op, queue);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace softprompt_fast

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module softprompt_fast._cuda: the CUDA kernels, or what the emulator makes of them. It links
+// against no torch; the CUDA runtime is inside it and uses the context that torch uses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "binding.h"
+
+// setup.py and tests/cuda_emulated.py pass these as string literals. SOFTPROMPT_FAST_CUDA_ARCHS:
+// what the kernels are built for, "emulated" without a device.
+#if !defined(SOFTPROMPT_FAST_VERSION) || !defined(SOFTPROMPT_FAST_CUDA_ARCHS)
+#error "build through setup.py: it defines the version and the architectures"
+#endif
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of softprompt_fast; use them through softprompt_fast.backends.cuda.";
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{{"version", SOFTPROMPT_FAST_VERSION},
+                                                  {"architectures", SOFTPROMPT_FAST_CUDA_ARCHS}};
+      },
+      "Version and the architectures that the kernels were built for, as strings.");
+  softprompt_fast::cuda::bind_merge_states(m);
+  softprompt_fast::cuda::bind_prefix_attention(m);
+  softprompt_fast::cuda::bind_prompt_concat(m);
+  softprompt_fast::cuda::bind_prompt_qkv(m);
+}

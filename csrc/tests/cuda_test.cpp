@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator of CUDA kernels, against PTX's documented layouts and plain loops, and with planted
+// faults that it has to find. Built and run by tests/test_cuda_emulator.py.
+#include <stdio.h>
+
+#include <functional>
+#include <random>
+
+#include "../cuda/launch.h"
+
+using namespace softprompt_fast;
+using namespace softprompt_fast::cuda;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool good, const char* what) {
+  if (!good) {
+    printf("FAILED: %s\n", what);
+    ++failures;
+  }
+}
+
+void expect_fault(const char* what, const char* message, const std::function<void()>& call) {
+  for (int attempt = 0; attempt < 20; ++attempt) {
+    try {
+      call();
+    } catch (const std::runtime_error& error) {
+      if (std::string(error.what()).find(message) == std::string::npos) {
+        printf("%s: %s\n", what, error.what());
+        expect(false, what);
+      }
+      return;
+    }
+  }
+  printf("not found: ");
+  expect(false, what);
+}
+
+std::mt19937 generator(0);
+float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(generator); }
+
+// ---- numbers ----
+
+void numbers() {
+  for (int bits = 0; bits < 1 << 16; ++bits) {
+    const float half = to_float(Half{(uint16_t)bits}), brain = to_float(BFloat16{(uint16_t)bits});
+    expect(std::isnan(half) || from_float<Half>(half).bits == bits, "fp16 comes back");
+    expect(std::isnan(brain) || from_float<BFloat16>(brain).bits == bits, "bf16 comes back");
+  }
+  expect(from_float<Half>(1.0f + 0x1p-11f).bits == 0x3C00, "fp16 ties to even, down");
+  expect(from_float<Half>(1.0f + 0x3p-11f).bits == 0x3C02, "fp16 ties to even, up");
+  expect(from_float<Half>(65519.0f).bits == 0x7BFF, "fp16's largest");
+  expect(from_float<Half>(65520.0f).bits == 0x7C00, "fp16 overflows");
+  expect(from_float<Half>(0x1.8p-25f).bits == 1, "fp16's smallest");
+  expect(from_float<BFloat16>(1.0f + 0x1p-8f).bits == 0x3F80, "bf16 ties to even, down");
+  expect(from_float<BFloat16>(1.0f + 0x3p-8f).bits == 0x3F82, "bf16 ties to even, up");
+  expect(std::isnan(to_float(from_float<Half>(NAN))), "fp16 NaN");
+  expect(std::isnan(to_float(from_float<BFloat16>(NAN))), "bf16 NaN");
+  expect(to_float(Float8{0x7E}) == 448.0f && to_float(Float8{0x81}) == -0x1p-9f, "e4m3");
+  expect(std::isnan(to_float(Float8{0x7F})) && to_float(Float8{0x38}) == 1.0f, "e4m3");
+  const float2 pair = unpack2<Half>(pack2<Half>(1.5f, -2.0f));
+  expect(pair.x == 1.5f && pair.y == -2.0f && pack2<Half>(1.5f, 0.0f) == 0x3E00, "pairs");
+}
+
+// ---- a product through cp.async, ldmatrix and mma, every thread as on a device ----
+
+enum Fault { kNone, kNoWait, kNoBarrier, kLateGroup };
+
+struct Multiply {
+  const Half *a, *b;  // [16, 16] by rows; [8, 16] by columns of b, or [16, 8] by rows if `rows`
+  float* d;
+  bool rows;
+  int fault;
+};
+
+__global__ void multiply(Multiply p) {
+  Half* a = (Half*)shared_memory();
+  Half* b = a + 256;
+  const int t = threadIdx.x, lane = t % 32;
+  // The second warp copies, the first one multiplies.
+  for (int i = t - 32; i >= 0 && i < 32; i += 32) cp_async_16(a + 8 * i, p.a + 8 * i);
+  if (p.fault != kLateGroup) cp_async_commit();
+  for (int i = t - 32; i >= 0 && i < 16; i += 32) cp_async_16(b + 8 * i, p.b + 8 * i);
+  cp_async_commit();
+  if (p.fault == kLateGroup) {
+    cp_async_wait<1>();
+  } else if (p.fault != kNoWait) {
+    cp_async_wait<0>();
+  }
+  if (p.fault != kNoBarrier) __syncthreads();
+  if (t >= 32) return;
+  uint32_t a_part[4], b_part[4];
+  ldmatrix_x4(a_part, a + lane % 16 * 16 + lane / 16 * 8);
+  if (p.rows) {
+    ldmatrix_x4_transposed(b_part, b + lane % 16 * 8);
+  } else {
+    ldmatrix_x4(b_part, b + lane % 8 * 16 + lane / 8 % 2 * 8);
+  }
+  float d[4] = {};
+  mma_m16n8k16<Half>(d, a_part, {b_part[0], b_part[1]});
+  for (int i = 0; i < 4; ++i) p.d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+bool product(bool rows, Fault fault) {
+  alignas(16) Half a[256], b[128];
+  float d[128], x[256], y[128];
+  for (int i = 0; i < 256; ++i) x[i] = to_float(a[i] = from_float<Half>(uniform()));
+  for (int i = 0; i < 128; ++i) y[i] = to_float(b[i] = from_float<Half>(uniform()));
+  std::fill(d, d + 128, NAN);
+  launch<multiply>({}, {1, 64, 768}, Multiply{a, b, d, rows, fault});
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      double sum = 0.0;
+      for (int k = 0; k < 16; ++k) sum += x[i * 16 + k] * y[rows ? k * 8 + j : j * 16 + k];
+      if (!(std::fabs(d[i * 8 + j] - sum) < 1e-5)) return false;
+    }
+  }
+  return true;
+}
+
+void products() {
+  for (bool rows : {false, true}) {
+    for (int i = 0; i < 20; ++i) expect(product(rows, kNone), "a product");
+    for (Fault fault : {kNoWait, kNoBarrier, kLateGroup}) {
+      bool found = false;
+      for (int i = 0; i < 20 && !found; ++i) found = !product(rows, fault);
+      expect(found, fault == kNoWait      ? "a missing wait is found"
+                    : fault == kNoBarrier ? "a missing barrier is found"
+                                          : "a wait for the wrong group is found");
+    }
+  }
+}
+
+// ---- shuffles, votes, named barriers, the last block ----
+
+struct Sums {
+  const float* x;
+  float *parts, *sum;
+  unsigned* count;
+};
+
+// Sum over all blocks: the last one to finish adds the parts and resets the counter.
+__global__ void sum_all(Sums p) {
+  float* parts = (float*)shared_memory();
+  const int t = threadIdx.x, warp = t / 32;
+  const float x = warp_sum(p.x[blockIdx.x * blockDim.x + t]);
+  if (t % 32 == 0) parts[warp] = x;
+  // The second half of the block reads what the first brings, and the other way round.
+  named_barrier(1, blockDim.x);
+  __syncthreads();
+  if (t == 0) {
+    float sum = 0.0f;
+    for (int i = 0; i < (int)blockDim.x / 32; ++i) sum += parts[i];
+    p.parts[blockIdx.x] = sum;
+    __threadfence();
+    if (atomicInc(p.count, gridDim.x - 1) == gridDim.x - 1) {
+      __threadfence();
+      float all = 0.0f;
+      for (unsigned i = 0; i < gridDim.x; ++i) all += p.parts[i];
+      *p.sum = all;
+    }
+  }
+  const unsigned odd = __ballot_sync(kAllLanes, t & 1);
+  if (odd != 0xAAAAAAAAu || __shfl_sync(kAllLanes, t, 5) != t / 32 * 32 + 5) *p.sum = NAN;
+  if (__shfl_down_sync(kAllLanes, t % 32, 1) != (t % 32 == 31 ? 31 : t % 32 + 1)) *p.sum = NAN;
+  if (!__any_sync(kAllLanes, t % 32 == 3) || __all_sync(kAllLanes, t % 32 == 3)) *p.sum = NAN;
+}
+
+void sums() {
+  std::vector<float> x(7 * 128), parts(7);
+  for (float& value : x) value = std::round(uniform() * 100.0f);
+  float sum = NAN, wanted = 0.0f;
+  unsigned count = 0;
+  for (float value : x) wanted += value;
+  for (int i = 0; i < 3; ++i) {
+    launch<sum_all>({}, {7, 128, 64}, Sums{x.data(), parts.data(), &sum, &count});
+    expect(sum == wanted && count == 0, "the last block sums, and resets its counter");
+  }
+}
+
+// ---- planted faults ----
+
+struct Faulty {
+  int kind;
+};
+
+__global__ void faulty(Faulty p) {
+  const int t = threadIdx.x;
+  unsigned char* shared = shared_memory();
+  alignas(16) static char memory[64] = {};
+  switch (p.kind) {
+    case 0:
+      if (t != 7) __syncthreads();
+      break;
+    case 1:
+      if (t < 32) {
+        __syncwarp();
+      } else if (t == 40) {
+        __shfl_sync(kAllLanes, t, 0);
+      } else {
+        __syncwarp();
+      }
+      break;
+    case 2:
+      cp_async_16(shared + 8, memory);
+      break;
+    case 3:
+      cp_async_16(shared + 256, memory);
+      break;
+    case 4:
+      shared[256 + t] = 1;
+      break;
+    case 5:
+      load_vector<4>((const float*)(memory + 4));
+      break;
+    case 6:
+      __shfl_sync(0xFFFFu, t, 0);
+      break;
+    case 7:
+      named_barrier(t < 32 ? 1 : 2, 64);
+      break;
+  }
+}
+
+void faults() {
+  const std::pair<const char*, const char*> planted[] = {
+      {"a thread that skips a barrier", "waits for ever at barrier 0"},
+      {"a warp that disagrees", "disagree: "},
+      {"a copy to an odd address", "cp.async: an address that is no multiple of 16"},
+      {"a copy behind the shared memory", "cp.async: an address outside shared memory"},
+      {"a store behind the shared memory", "behind the shared memory"},
+      {"a vector at an odd address", "load_vector: an address that is no multiple of 16"},
+      {"a partial mask", "a partial mask"},
+      {"barriers that others do not reach", "waits for ever at barrier"},
+  };
+  for (int kind = 0; kind < 8; ++kind) {
+    expect_fault(planted[kind].first, planted[kind].second,
+                 [&] { launch<faulty>({}, {2, 64, 256}, Faulty{kind}); });
+  }
+}
+
+}  // namespace
+
+int main() {
+  numbers();
+  products();
+  sums();
+  faults();
+  if (failures == 0) printf("ok\n");
+  return failures != 0;
+}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prefix_attention in CUDA C++: a decode step in one launch (``csrc/cuda/prefix_attention_decode.cuh``).
+
+The CUDA kernel takes the calls whose rows have few queries (``heuristics.stack_queries``). Those with more of them,
+and gradients, are Triton's (:mod:`softprompt_fast.backends.triton.prefix_attention`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_fast.backends import heuristics
+from softprompt_fast.backends.cuda import _runtime
+from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.triton import prefix_attention as triton
+from softprompt_fast.backends.triton._runtime import dense
+
+_cuda = _runtime._cuda
+DTYPES = (torch.bfloat16, torch.float16)
+
+# Counters of a device's stream and of the captures on it: every call leaves them at 0 for the next.
+_counters: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+
+
+def reasons(*args: Any) -> list[str]:
+    query, key, value, prefix_key, prefix_value = args[:5]
+    sinks, bias, key_scale = args[14:17]
+    given = (query, key, value, sinks, *(() if key_scale is not None else (prefix_key, prefix_value)))
+    why = _runtime.refusals(*given)
+    if query.dtype not in DTYPES and not why:
+        why.append(f"it takes bfloat16 and float16, found {str(query.dtype).removeprefix('torch.')}")
+    if bias is not None:
+        why.append("it takes no bias")
+    return why or triton.reasons(*args)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_offsets: Tensor | None,
+    prefix_index: Tensor | None,
+    own_start: Tensor | None,
+    own_end: Tensor | None,
+    query_start: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    prefix_key_scale: Tensor | None = None,
+    prefix_value_scale: Tensor | None = None,
+    prefix_scale_block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads, own, v_dim = value.shape[1:]
+    tensors = (query, key, value, prefix_key, prefix_value)
+    rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
+    if not heuristics.stack_queries(queries, q_heads // kv_heads) or v_dim == 0:
+        options = (scale, causal, sliding_window, softcap, sinks, bias)
+        return triton.forward(*tensors, *rows, *options, prefix_key_scale, prefix_value_scale, prefix_scale_block)
+    out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
+    lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    prefixes = 1 if prefix_offsets is None else prefix_offsets.shape[0] - 1
+    sizes = (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim, prefixes)
+    queue = _runtime.queue(query)
+    floats, units = _workspace(sizes, prefix_offsets is not None, prefix_index is not None, queue[0])
+    workspace = query.new_empty(floats, dtype=torch.float32)
+    scales = None
+    if prefix_key_scale is not None and prefix_value_scale is not None:
+        scales = (view(prefix_key_scale, 2), view(prefix_value_scale, 2), prefix_scale_block)
+    indices = dense(*rows)
+    _cuda.prefix_attention(
+        sizes,
+        view(query, 4),
+        view(key, 4),
+        view(value, 4),
+        view(prefix_key, 3),
+        view(prefix_value, 3),
+        view(out, 4),
+        lse.data_ptr(),
+        tuple(map(indexes, indices)),
+        scale,
+        causal,
+        sliding_window or 0,
+        softcap or 0.0,
+        None if sinks is None else view(sinks, 1),
+        scales,
+        workspace.data_ptr(),
+        _counters_of(queue, units, query.device).data_ptr(),
+        queue,
+    )
+    return out, lse
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Arguments: grad_out, grad_lse, those of the op up to bias, out, lse."""
+    return triton.backward(*args)
+
+
+@lru_cache(maxsize=4096)
+def _workspace(sizes: tuple[int, ...], offsets: bool, indexed: bool, device: int) -> tuple[int, int]:
+    """Floats and counters of a call, which follow from sizes alone."""
+    return _cuda.prefix_attention_workspace(sizes, offsets, indexed, device)
+
+
+def _counters_of(queue: tuple[int, int], count: int, device: torch.device) -> Tensor:
+    """Counters for the calls of one stream, int32 and all 0: two streams may run at once, so each has its own.
+
+    A capture has others than the stream that it captures, cleared by the graph itself, once: a graph may be replayed
+    on any stream, and beside eager calls. They stay in use until another capture begins on the stream.
+    """
+    capture = _cuda.capture(queue)
+    key = (*queue, capture != 0)
+    found = _counters.get(key)
+    if found is None or found[0] != capture or found[1].shape[0] < count:
+        found = (capture, torch.zeros(max(count, 1024), dtype=torch.int32, device=device))
+        _counters[key] = found
+    return found[1]

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prompt_qkv in CUDA C++ for the few rows of a decode step, in one launch: see ``csrc/cuda/prompt_qkv.cuh``.
+
+More rows are bound by the product, which a library does better: they, float32, and what the kernel's 16-byte loads
+don't fit take Triton's form of the op, or PyTorch's where there is no Triton. So do the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_fast.backends import heuristics
+from softprompt_fast.backends.cuda import _runtime
+from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.torch import prompt_qkv as torch_backend
+
+many_rows: Any
+try:
+    from softprompt_fast.backends.triton import prompt_qkv as many_rows
+except ImportError:
+    many_rows = torch_backend
+
+_cuda = _runtime._cuda
+_KINDS = {"none": 0, "rms": 1, "layer": 2}
+
+backward = many_rows.backward
+
+
+def reasons(*args: Any) -> list[str]:
+    tensors = [*args[:3], *args[11], *args[12], args[16], args[17], args[20], args[21]]
+    why = _runtime.refusals(*(x for x in tensors if x is not None and x.is_floating_point()))
+    if args[9] not in _runtime.FLOATING:
+        why.append(f"it gives float32, bfloat16 and float16, asked for {str(args[9]).removeprefix('torch.')}")
+    return why + torch_backend.reasons(*args)
+
+
+def forward(
+    tokens: Tensor,
+    table: Tensor | None,
+    prompt: Tensor | None,
+    prompt_offsets: Tensor | None,
+    prompt_index: Tensor | None,
+    own_start: Tensor | None,
+    prompt_length: int,
+    scale: float,
+    prompt_scale: float,
+    out_dtype: torch.dtype,
+    left: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    q_heads: int,
+    kv_heads: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_offset: float,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    concat: tuple[Any, ...] = (tokens, table, prompt, prompt_offsets, prompt_index, own_start)
+    scales = (prompt_length, scale, prompt_scale)
+    layer: tuple[Any, ...] = (q_heads, kv_heads, norm, norm_weight, norm_bias, norm_offset, eps, cos, sin, interleaved)
+    heads = (q_heads, kv_heads, kv_heads)
+    batch, length = tokens.shape[0], prompt_length + tokens.shape[1]
+    by_head = torch_backend._split(weights, heads)
+    if not heuristics.fuse_projection(batch * length) or not fits(concat, by_head, biases, layer, out_dtype):
+        return many_rows.forward(*concat, *scales, out_dtype, left, weights, biases, *layer)
+    query, key, value = (
+        tokens.new_empty(batch, length, count, w.shape[0] // count, dtype=out_dtype).transpose(1, 2)
+        for w, count in zip(by_head, heads, strict=True)
+    )
+    if prompt is None:
+        residual = torch.empty_like(tokens)
+    else:
+        residual = prompt.new_empty(batch, length, prompt.shape[1], dtype=out_dtype)
+    split = torch_backend._split(biases, heads) if biases else None
+    rows: tuple[Any, ...] = (*concat, *scales, left, by_head, split, *layer, query, key, value, residual)
+    into_cache(*rows)
+    return query, key, value, residual
+
+
+def into_cache(
+    tokens: Tensor,
+    table: Tensor | None,
+    prompt: Tensor | None,
+    prompt_offsets: Tensor | None,
+    prompt_index: Tensor | None,
+    own_start: Tensor | None,
+    prompt_length: int,
+    scale: float,
+    prompt_scale: float,
+    left: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    q_heads: int,
+    kv_heads: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_offset: float,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None,
+) -> None:
+    """One launch, results where the caller wants them: ``query`` ``[B, Hq, S, D]``, ``key`` and ``value``
+    ``[B, Hkv, S, D]`` with any strides, so views of the own-token cache, and the rows before the norm, ``residual``
+    ``[B, S, H]`` (columns side by side), unless it is None. ``weights`` and ``biases`` are q's, k's and v's; all of
+    it has to pass :func:`fits`."""
+    source = tokens if prompt is None else prompt
+    rows = _runtime.dense(prompt_offsets, prompt_index, own_start)
+    sizes = (*tokens.shape[:2], 0 if prompt is None else prompt.shape[0], prompt_length, source.shape[-1])
+    parameters = _runtime.dense(norm_weight, norm_bias)
+    split = None if biases is None else [x.contiguous() for x in biases]
+    _cuda.prompt_qkv(
+        None if table is None else (tokens.data_ptr(), *tokens.stride()),
+        view(tokens, 3) if table is None else None,
+        None if table is None else view(table, 2),
+        None if prompt is None else view(prompt, 2),
+        None if residual is None else view(residual, 3),
+        (*sizes, 0 if table is None else table.shape[0]),
+        tuple(indexes(x) for x in rows),
+        scale,
+        prompt_scale,
+        left,
+        (_KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
+        (q_heads, kv_heads, query.shape[3], value.shape[3]),
+        tuple(view(x, 2) for x in weights),
+        None if split is None else tuple(view(x, 1) for x in split),
+        None if cos is None or sin is None else (_angles(cos), _angles(sin), cos.shape[2], interleaved),
+        (view(query, 4), view(key, 4), view(value, 4)),
+        _runtime.queue(source),
+    )
+
+
+def fits(
+    concat: tuple[Any, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layer: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the kernel takes these: one 16-bit dtype, and rows that begin at multiples of 16 bytes."""
+    tokens, table, prompt = concat[:3]
+    read = [x for x in (tokens if table is None else table, prompt, *weights) if x is not None]
+    q_heads, _, _, norm_weight, norm_bias = layer[:5]
+    alike = [x for x in (*read, *biases, norm_weight, norm_bias) if x is not None]
+    dims = weights[0].shape[0] // q_heads, weights[2].shape[0] // layer[1]
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and all(x.dtype == dtype for x in alike)
+        and all(dim % 2 == 0 for dim in dims)
+        and all(x.shape[-1] % 8 == 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in read)
+        and all(stride % 8 == 0 for x in read for stride in x.stride()[:-1])
+        and all(x is None or x.data_ptr() % 16 == 0 for x in (norm_weight, norm_bias))
+    )
+
+
+def _angles(x: Tensor) -> tuple[int, ...]:
+    """A view whose stride over the batch is 0 where all rows share them."""
+    pointer, code, batch, *rest = view(x, 3)
+    return (pointer, code, batch if x.shape[0] > 1 else 0, *rest)

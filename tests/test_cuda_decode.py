@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel for few queries a row: what the op's own tests are too small for. Several tiles, several splits,
+many prompts, every size of head, quantised prefixes, and random calls. On a CPU it is emulated
+(csrc/cuda/emulator.h)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+pytest.importorskip("softprompt_fast.backends.cuda.prefix_attention", exc_type=ImportError)
+
+from softprompt_fast.backends import heuristics
+from softprompt_fast.backends.cuda import prefix_attention as cuda
+from softprompt_fast.reference.prefix_attention import prefix_attention as reference
+from softprompt_fast.testing import AttentionInputs, attention_inputs, poisoned_memory
+from tests import cuda_emulated
+from tests.ops.test_prefix_attention import LAYOUTS
+from tests.test_triton_decode import CASES, MANY, arguments, check, quantized
+from tests.test_triton_random import Bounds, attention_calls, choosing, exactly, random_calls
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Tiles are of 16 queries or of 128 (of 64 with heads of 256), shares of at least 128 keys, and 8 blocks run at a time.
+LARGER: dict[str, dict[str, Any]] = {
+    "two large tiles": {"batch": 9, "q_heads": 8, "kv_heads": 1, "queries": 2, "own": 3, "prefix": 150},
+    "tiles of whole rows": {"batch": 6, "q_heads": 5, "kv_heads": 1, "queries": 10, "own": 12, "prefix": 70},
+    "a row of two tiles": {"batch": 2, "q_heads": 10, "kv_heads": 1, "queries": 16, "own": 20, "prefix": 90},
+    "a row of two tiles, many prompts": {
+        "batch": 5, "q_heads": 10, "kv_heads": 1, "queries": 16, "own": 20, "prefix": 300,
+        "prefix_offsets": [0, 130, 130, 300], "prefix_index": [2, -1, 0, 1, 2], "sinks": True,
+    },
+    "every split": {"batch": 1, "q_heads": 2, "kv_heads": 1, "queries": 2, "own": 700, "prefix": 900},
+    "gaps between prompts": {
+        "batch": 7, "q_heads": 4, "kv_heads": 2, "queries": 1, "prefix": 420, "own": 9,
+        "prefix_offsets": [3, 140, 150, 290, 400, 410], "prefix_index": [3, 0, 3, 2, -1, 0, 3],
+    },
+    "window within a share": {
+        "batch": 3, "q_heads": 6, "kv_heads": 1, "queries": 4, "own": 40, "prefix": 300, "sliding_window": 190,
+        "own_start": [0, 11, 39],
+    },
+}  # fmt: skip
+
+
+def run(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    with poisoned_memory(), choosing(stack_queries=True):
+        return cuda.forward(*arguments(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if "bias" not in CASES[n]])
+def test_forward(name: str, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(dtype=dtype, **CASES[name])
+    check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("name", LARGER)
+def test_larger(name: str, head_dim: int) -> None:
+    """With both sizes of large tiles."""
+    inputs = attention_inputs(dtype=torch.bfloat16, head_dim=head_dim, **LARGER[name])
+    check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 65, 96, 100, 128, 256])
+def test_head_sizes(head_dim: int) -> None:
+    inputs = attention_inputs(dtype=torch.float16, **{**CASES["many window"], "head_dim": head_dim})
+    check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 20, 96, 256])
+@pytest.mark.parametrize("name", ["prefix splits of many", "many decode", "many window"])
+def test_quantized_prefix(name: str, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """The stored entries are a view whose rows are not where 16 bytes can be copied; dense ones give the same."""
+    inputs = attention_inputs(dtype=dtype, **{**CASES[name], "head_dim": head_dim})
+    inputs, exact = quantized(inputs, stored, 8)
+    found = run(inputs)
+    check(found, exact, exact.to(dtype))
+    dense = AttentionInputs(*(x.contiguous() for x in inputs.tensors), inputs.options)
+    for x, y in zip(run(dense), found, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_small_values_of_a_quantized_prefix() -> None:
+    """In float16 a weight times a scale of 1e-6 would lose its digits."""
+    inputs = attention_inputs(dtype=torch.float16, batch=2, queries=1, own=0, causal=False, prefix=150)
+    inputs.prefix_value.mul_(1e-4)
+    inputs, exact = quantized(inputs, torch.int8, 8)
+    check(run(inputs), exact, exact.to(torch.float16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["both splits", "many window"])
+def test_strides_change_no_bit(name: str, layout: str) -> None:
+    inputs = attention_inputs(dtype=torch.bfloat16, **CASES[name])
+    views = [LAYOUTS[layout](x) for x in inputs.tensors]
+    found, want = (run(AttentionInputs(*xs, inputs.options)) for xs in (views, [x.contiguous() for x in views]))
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+
+
+@pytest.mark.parametrize("name", ["both splits", "filled part", "many window"])
+def test_other_rows_change_no_bit(name: str) -> None:
+    inputs = attention_inputs(dtype=torch.bfloat16, **CASES[name])
+    want = run(inputs)
+    for x in inputs.tensors[:3]:
+        x[1:] = torch.randn_like(x[1:]) * 100
+    found = run(inputs)
+    assert torch.equal(found[0][0], want[0][0]) and torch.equal(found[1][0], want[1][0])
+
+
+def test_more_rows_than_are_sorted_together() -> None:
+    batch, prefixes = 300, 7
+    offsets = [5 * n for n in range(prefixes + 1)]
+    index = torch.randint(-1, prefixes, (batch,)).tolist()
+    inputs = attention_inputs(
+        batch, 1, 1, queries=1, own=2, prefix=offsets[-1], prefix_offsets=offsets, prefix_index=index,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+def test_calls_leave_the_counters_at_zero() -> None:
+    """And so give the same bits, whatever call came before, in any order of their blocks."""
+    inputs = attention_inputs(dtype=torch.bfloat16, **MANY)
+    first = run(inputs)
+    assert all(not counters.any() for _, counters in cuda._counters.values()) and cuda._counters
+    run(attention_inputs(dtype=torch.bfloat16, **LARGER["every split"]))
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(run(inputs), first, strict=True))
+
+
+def test_extreme_scores() -> None:
+    inputs = attention_inputs(queries=2, prefix=40, scale=300.0, dtype=torch.bfloat16)
+    found, want = run(inputs), reference(*inputs.to(torch.float64).tensors, scale=300.0)
+    torch.testing.assert_close(found[0].double(), want[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found[1].double(), want[1], rtol=1e-5, atol=1e-3)
+
+
+def test_infinite_values_show() -> None:
+    inputs = attention_inputs(queries=1, prefix=40, dtype=torch.bfloat16)
+    inputs.prefix_value[:, 3, 5] = torch.inf
+    out, lse = run(inputs)
+    assert out[..., 5].isinf().all() and lse.isfinite().all()
+    inputs.prefix_key[:, 3] = torch.nan
+    assert all(x.isnan().all() for x in run(inputs))
+
+
+@random_calls
+@given(inputs=attention_calls(dtypes=DTYPES, biased=False))
+def test_random_calls(inputs: AttentionInputs) -> None:
+    results = run(inputs)
+    exact, real = exactly(inputs), inputs.real_queries()
+    assert results[0].isfinite().all() and not results[1].isnan().any()
+    bounds = Bounds(exact, inputs.query.dtype, "prefix_scale_block" in inputs.options)
+    bounds.hold(results, reference(*exact.tensors, **exact.options), real)
+
+
+def test_who_serves() -> None:
+    """Few queries are the CUDA kernel's; what it cannot take is said, or Triton's."""
+    inputs = attention_inputs(dtype=torch.bfloat16)
+    assert cuda.reasons(*arguments(inputs)) == []
+    assert cuda.reasons(*arguments(attention_inputs())) == ["it takes bfloat16 and float16, found float32"]
+    biased = attention_inputs(dtype=torch.bfloat16, bias=(1, 1, 1, 13))
+    assert cuda.reasons(*arguments(biased)) == ["it takes no bias"]
+    wide = attention_inputs(dtype=torch.bfloat16, head_dim=257)
+    assert cuda.reasons(*arguments(wide)) == ["it takes head dimensions up to 256, found 257 and 257"]
+    assert heuristics.stack_queries(16, 4) and not heuristics.stack_queries(17, 4)
+
+
+@pytest.mark.skipif(cuda_emulated.compiler() is None, reason="no C++ compiler on this machine")
+def test_plans(tmp_path: Path) -> None:
+    """csrc/tests/prefix_attention_plan_test.cpp: every key that a query sees is in one item, and other promises."""
+    program = tmp_path / "plan_test"
+    source = str(cuda_emulated.ROOT / "csrc" / "tests" / "prefix_attention_plan_test.cpp")
+    command = [*(cuda_emulated.compiler() or []), *cuda_emulated.FLAGS, source, "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program), "20000", "1"], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
