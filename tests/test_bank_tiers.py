@@ -143,6 +143,26 @@ def test_a_replaced_version_lives_until_its_last_hold(tmp_path: Path) -> None:
     assert bank.metrics()["device_bytes"] == bank.metrics()["host_bytes"] == 0
 
 
+def test_listeners_are_told_of_room_and_of_nothing_else():
+    bank, told = make_bank(device_bytes=10 * ENTRY), []
+    bank.listeners.add(lambda: told.append(bank.metrics()["held_prefixes"]))  # not under the bank's lock
+    for name in "ab":
+        bank.add(name, prefix(1.0, 8))
+    first, second = bank.hold("a"), bank.hold("a")
+    first.release()
+    with pytest.raises(BankFullError):
+        bank.hold("b")  # lets go of what it never got
+    assert told == []
+    second.release()
+    second.release()
+    assert told == [0]
+    bank.pin("a")
+    del told[:]
+    bank.unpin("a")
+    bank.remove("a")
+    assert told == [0, 0]
+
+
 def test_given_prefixes_fill_the_hosts_budget(tmp_path: Path) -> None:
     bank = make_bank(host_bytes=10 * ENTRY)
     bank.add("a", prefix(1.0, 6))

@@ -312,7 +312,7 @@ def test_models_that_it_can_not_serve(make, reason):
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_and_broken_prompts_fail_alone(model, tmp_path):
+def test_unknown_and_broken_prompts_fail_alone(model, tmp_path, caplog):
     model.compile_prompt("a").save_pretrained(tmp_path)
     model.register_prompt("broken", tmp_path)
     (tmp_path / "prefix_kv.safetensors").write_bytes(b"")
@@ -325,6 +325,8 @@ def test_unknown_and_broken_prompts_fail_alone(model, tmp_path):
             engine.submit(greedy(row, "broken", 5)).result()
         for stream, name in zip(good, ("a", "b", None), strict=True):
             assert stream.result().tokens == alone(model, row, name, 20)
+    (record,) = caplog.records  # a client's mistake is not told
+    assert "'broken'" in record.message and "damaged" in record.message
 
 
 def test_a_task_that_there_is_not_is_the_requests_fault():
