@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,13 @@ def test_a_replaced_version_lives_until_its_last_hold(tmp_path: Path) -> None:
 
 def test_listeners_are_told_of_room_and_of_nothing_else():
     bank, told = make_bank(device_bytes=10 * ENTRY), []
-    bank.listeners.add(lambda: told.append(bank.metrics()["held_prefixes"]))  # not under the bank's lock
+
+    def listener() -> None:
+        # In another thread, which a listener may be waiting for: it is not called under the bank's lock.
+        told.append(pool.submit(bank.metrics).result(WAIT)["held_prefixes"])
+
+    pool = ThreadPoolExecutor(1)
+    bank.listeners.add(listener)
     for name in "ab":
         bank.add(name, prefix(1.0, 8))
     first, second = bank.hold("a"), bank.hold("a")
