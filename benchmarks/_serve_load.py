@@ -127,11 +127,12 @@ Fault = Callable[[httpx.AsyncClient, Request, int], Awaitable[str]]
 
 
 def refusal(response: httpx.Response) -> str:
-    """Status, and whether the body says why, as OpenAI's errors do (``error.message``) or vLLM's (``message``)."""
+    """Status, and whether the body says why: as OpenAI's errors do (``error.message``), as vLLM's (``message``), or as
+    FastAPI's, which vLLM passes on for a body that is no text (``detail``)."""
     try:
         body = response.json()
         error = body.get("error", body)
-        reason = error if isinstance(error, str) else error.get("message")
+        reason = error if isinstance(error, str) else error.get("message") or error.get("detail")
     except (ValueError, AttributeError):
         reason = None
     return f"{response.status_code}{', with a reason' if reason else ', without a reason'}"

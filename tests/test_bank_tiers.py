@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,32 @@ def test_a_replaced_version_lives_until_its_last_hold(tmp_path: Path) -> None:
     assert bank.metrics()["device_bytes"] == 6 * ENTRY
     new.release()
     assert bank.metrics()["device_bytes"] == bank.metrics()["host_bytes"] == 0
+
+
+def test_listeners_are_told_of_room_and_of_nothing_else():
+    bank, told = make_bank(device_bytes=10 * ENTRY), []
+
+    def listener() -> None:
+        # In another thread, which a listener may be waiting for: it is not called under the bank's lock.
+        told.append(pool.submit(bank.metrics).result(WAIT)["held_prefixes"])
+
+    pool = ThreadPoolExecutor(1)
+    bank.listeners.add(listener)
+    for name in "ab":
+        bank.add(name, prefix(1.0, 8))
+    first, second = bank.hold("a"), bank.hold("a")
+    first.release()
+    with pytest.raises(BankFullError):
+        bank.hold("b")  # lets go of what it never got
+    assert told == []
+    second.release()
+    second.release()
+    assert told == [0]
+    bank.pin("a")
+    del told[:]
+    bank.unpin("a")
+    bank.remove("a")
+    assert told == [0, 0]
 
 
 def test_given_prefixes_fill_the_hosts_budget(tmp_path: Path) -> None:

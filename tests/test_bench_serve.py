@@ -18,7 +18,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -247,6 +247,24 @@ def test_faults_are_mixed_in_and_must_be_refused() -> None:
 )
 def test_what_a_fault_should_get(answer: str, fine: bool) -> None:
     assert load_client.well_met(answer) == fine
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ('{"error": {"message": "no"}}', True),
+        ('{"message": "no"}', True),
+        ('{"error": "no"}', True),
+        ('{"detail": "no"}', True),
+        ('{"error": {"message": ""}}', False),
+        ("{}", False),
+        ("[]", False),
+        ("no", False),
+    ],
+)
+def test_what_counts_as_a_reason(body: str, reason: bool) -> None:
+    expected = "400, with a reason" if reason else "400, without a reason"
+    assert load_client.refusal(httpx.Response(400, text=body)) == expected
 
 
 def test_percentiles_are_of_the_sample() -> None:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import math
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +25,15 @@ from softprompt_fast.errors import BankFullError, PrefixError
 from softprompt_fast.serving import batch as batch_module
 from softprompt_fast.serving import engine as engine_module
 from softprompt_fast.serving.engine import Engine
-from softprompt_fast.serving.requests import EngineClosedError, QueueFullError, Request, RequestError, Sampling
-from tests.models import MAX_POSITIONS, NUM_TASKS, Oracle, make_base, make_model, make_prompt, make_rows
+from softprompt_fast.serving.requests import (
+    EngineClosedError,
+    QueueFullError,
+    Request,
+    RequestError,
+    Sampling,
+    UnknownPromptError,
+)
+from tests.models import MAX_POSITIONS, NUM_TASKS, VOCAB_SIZE, Oracle, make_base, make_model, make_prompt, make_rows
 from tests.serving import PATIENCE, Gate, alone, make_tokenizer
 
 
@@ -312,7 +322,7 @@ def test_models_that_it_can_not_serve(make, reason):
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_and_broken_prompts_fail_alone(model, tmp_path):
+def test_unknown_and_broken_prompts_fail_alone(model, tmp_path, caplog):
     model.compile_prompt("a").save_pretrained(tmp_path)
     model.register_prompt("broken", tmp_path)
     (tmp_path / "prefix_kv.safetensors").write_bytes(b"")
@@ -325,6 +335,8 @@ def test_unknown_and_broken_prompts_fail_alone(model, tmp_path):
             engine.submit(greedy(row, "broken", 5)).result()
         for stream, name in zip(good, ("a", "b", None), strict=True):
             assert stream.result().tokens == alone(model, row, name, 20)
+    (record,) = caplog.records  # a client's mistake is not told
+    assert "'broken'" in record.message and "damaged" in record.message
 
 
 def test_a_task_that_there_is_not_is_the_requests_fault():
@@ -462,6 +474,49 @@ def test_a_bank_that_stays_full_fails_the_request(one_place, monkeypatch):
         with one_place.bank.hold("b"), pytest.raises(BankFullError, match="held by running calls or pinned"):
             engine.submit(greedy(row, "a", 5)).result()
         assert engine.submit(greedy(row, "a", 5)).result().tokens == alone(make_model(), row, "a", 5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_requests_while_prompts_come_and_go_in_a_small_bank(seed):
+    """Room for two or three of five prompts that are replaced and removed, requests that leave or are late: whatever
+    is answered is the text of one version that there was, nobody waits for ever, and nothing stays held."""
+    rng = random.Random(seed)
+    base = make_base()
+    versions = {f"v{n}": make_prompt(base, length=n, seed=100 + n).requires_grad_(False) for n in (2, 4, 6, 9)}
+    apart = make_model(prompts=versions)
+    model = make_model(prompts={}, bank=BankOptions(device_bytes=14 * PREFIX_ENTRY, host_bytes=0))
+    names = [f"p{i}" for i in range(5)]
+    streams = []
+    with Engine(model, max_batch=4, max_prefill_tokens=7, timeout=PATIENCE) as engine:
+        for _ in range(80):
+            for name in rng.sample(names, 2):
+                if rng.random() < 0.3 and name in model.bank:
+                    model.remove_prompt(name)
+                elif name not in model.bank or rng.random() < 0.2:
+                    model.add_prompt(name, rng.choice([*versions.values()]), replace=True)
+            row = torch.tensor(rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 20)))
+            request = greedy(row, rng.choice([*names, None]), rng.randint(1, 8))
+            streams.append(engine.submit(replace(request, timeout=rng.choice([None, None, None, 0.01]))))
+            if rng.random() < 0.1:
+                streams[-1].cancel()
+            if rng.random() < 0.3:
+                with contextlib.suppress(BankFullError, UnknownPromptError):
+                    rng.choice(streams).result()
+        reasons = Counter()
+        for stream in streams:
+            try:
+                result = stream.result()
+            except (BankFullError, UnknownPromptError) as error:
+                reasons[type(error)] += 1
+                continue
+            reasons[result.finish_reason] += 1
+            given, new = torch.tensor(stream.request.input_ids), len(result.tokens)
+            known = [None] if stream.request.prompt is None else list(versions)
+            assert not new or any(alone(apart, given, version, new) == result.tokens for version in known)
+            assert result.finish_reason != "length" or new == stream.request.sampling.max_tokens
+    engine._loaders.shutdown()  # one may still let go of what a request that has left waited for
+    assert reasons["length"] > 30 and reasons[UnknownPromptError] and not reasons["error"]
+    assert engine.num_running == engine.num_waiting == model.bank.metrics()["held_prefixes"] == 0
 
 
 @pytest.mark.parametrize("width", ["prefill", "step"])

@@ -128,8 +128,8 @@ def serve(
             from softprompt_fast.demo import assets
 
             if settings.model == assets.DEMO_MODEL:  # which only this package knows
-                folder = assets.demo_model_dir(run.say)
-                settings = replace(settings, model=str(folder), served_model_name=settings.base_name)
+                found = str(assets.demo_model_dir(run.say))
+                settings = replace(settings, model=found, served_model_name=settings.base_name)
             importlib.import_module("softprompt_fast.integrations.vllm.serve").run(settings)
         else:
             from softprompt_fast.serving import embedded

@@ -296,6 +296,8 @@ class Engine:
             held = self._held(row.request)
         except Exception as failure:
             held, error = None, failure
+            if not isinstance(error, (RequestError, BankFullError)):
+                logger.error("prompt %r: %s: %s", row.request.prompt, type(error).__name__, error)
         with self._changed:
             if row.stream.finish_reason is not None:  # cancelled meanwhile
                 if held is not None:
@@ -357,10 +359,11 @@ class Engine:
             with self._changed:
                 self._closing = self._stopped = True
             self._bank.listeners.discard(self._room)
-            for row in self._take_all():
-                self._end(row, "cancelled")
-            self._publish()
             self._loaders.shutdown(wait=False)
+            for row in self._take_all():
+                if row.stream.finish_reason is None:
+                    self._end(row, "cancelled")
+            self._publish()
 
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""
