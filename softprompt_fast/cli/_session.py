@@ -28,9 +28,9 @@ class Exit(IntEnum):
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected error (a bug), no GPU to tune for, or a benchmark whose tests are red, whose "
-    "results do not agree or which is slower (--fail); 2 wrong command line; 3 an input does not fit (adapter for another base, unknown prompt "
-    "name, altered file, ...), or a loss turned NaN; 4 a file, a download or an optional package is missing or can't "
-    "be read or written; 130 interrupted."
+    "results do not agree or which is slower (--fail); 2 wrong command line; 3 an input does not fit (adapter for "
+    "another base, unknown prompt name, altered file, ...), or a loss turned NaN; 4 a file, a download or an optional "
+    "package is missing or can't be read or written; 130 interrupted."
 )
 
 DEBUG_VARIABLE = "SOFTPROMPT_FAST_DEBUG"
