@@ -60,7 +60,7 @@ def fastest_peers(rows: Sequence[Row], what: str) -> dict[str, Row]:
     for row in rows:
         if row.what == what and row.ratio is not None and row.system not in (OURS, "one-by-one"):
             best = found.get(row.case)
-            if best is None or row.ratio["median"] < best.ratio["median"]:  # type: ignore[index]
+            if best is None or row.ratio["median"] < best.ratio["median"]:
                 found[row.case] = row
     return found
 
@@ -115,12 +115,15 @@ def _curves(rows: Sequence[Row]) -> Any:
         for system in dict.fromkeys(row.system for row in points):
             line = sorted((row for row in points if row.system == system), key=lambda row: row.work[axis])
             x = [row.work[axis] for row in line]
-            low, middle, high = ([1e3 * row.seconds[q] for row in line] for q in ("p20", "median", "p80"))  # type: ignore[index]
+            low, middle, high = ([1e3 * row.seconds[q] for row in line] for q in ("p20", "median", "p80"))
             colour = COLOURS.get(system)
             axes.plot(x, middle, marker="o", markersize=3, label=system, color=colour)
             axes.fill_between(x, low, high, alpha=0.2, color=colour, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        ticks = sorted({row.work[axis] for row in points})
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("ms a call, p20 to p80")
@@ -132,7 +135,7 @@ def _roofline(rows: Sequence[Row]) -> Any:
     points = [row for row in rows if row.set == "op" and row.seconds and row.rates and row.flops and row.bytes]
     if not points:
         return None
-    flops, moved = (median(row.rates[what] for row in points) for what in ("flops", "bytes"))  # type: ignore[index]
+    flops, moved = (median(row.rates[what] for row in points) for what in ("flops", "bytes"))
     figure, ((axes,),) = _figure(5.2, 3.6)
     intensities = [row.flops / row.bytes for row in points]
     ends = [min(intensities) / 2, flops / moved, 2 * max(*intensities, flops / moved)]
@@ -141,7 +144,7 @@ def _roofline(rows: Sequence[Row]) -> Any:
         line = [row for row in points if row.system == system]
         axes.scatter(
             [row.flops / row.bytes for row in line],
-            [row.flops / row.seconds["median"] / 1e9 for row in line],  # type: ignore[index]
+            [row.flops / row.seconds["median"] / 1e9 for row in line],
             s=18,
             label=system,
             color=COLOURS.get(system),

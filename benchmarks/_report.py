@@ -112,7 +112,8 @@ def cell(rows: dict[tuple[str, str], Row], system: str, what: str) -> str:
 
 def does_it_help(rows: Sequence[Row]) -> str:
     """A line for every whole model at a batch, a prefix and a number of new tokens."""
-    chosen = [row for row in rows if row.set == "model" or (row.set == "scaling" and "base" in row.work)]
+    whole = (row for row in rows if row.set in ("model", "scaling") and "base" in row.work)
+    chosen = [row for row in whole if "B" in row.work]  # a GPU's have a page of their own
     systems = [
         name
         for name in ("peft", "expanded", "static-compiled", "vllm")
@@ -126,11 +127,12 @@ def does_it_help(rows: Sequence[Row]) -> str:
             continue
         work = ours.work
         base = {"demo": "SmolLM2-135M"}.get(work["base"], work["base"])
-        line = [base, *(str(work[name]) for name in ("B", "P", "S", "new")), duration(ours.seconds)]  # type: ignore[arg-type]
+        line = [base, *(str(work[name]) for name in ("B", "P", "S", "new")), duration(ours.seconds)]
+        line.append(f"{work['B'] * work['new'] / ours.seconds['median']:.0f}")
         lines.append([*line, *(cell(case, name, "total") for name in systems), cell(case, "expanded", "first-token")])
     if not lines:
         return "The run had no whole model: `softprompt-fast bench model`."
-    header = ["model", "B", "P", "S", "new", "ours", *(f"faster than `{name}`" for name in systems)]
+    header = ["model", "B", "P", "S", "new", "ours", "new tokens/s", *(f"faster than `{name}`" for name in systems)]
     return grid([*header, "first token, than `expanded`"], lines)
 
 
@@ -163,13 +165,13 @@ def losses(rows: Sequence[Row], reasons: dict[str, str] | None = None) -> str:
     """Every row in which a peer is faster, with the reason that benchmarks/losses.json has for its id."""
     reasons = json.loads(REASONS.read_text(encoding="utf-8")) if reasons is None else reasons
     lines = []
-    for row in sorted(losing(rows), key=lambda row: row.ratio["median"]):  # type: ignore[index]
+    for row in sorted(losing(rows), key=lambda row: row.ratio["median"]):
         why = next(
             (why for pattern, why in reasons.items() if fnmatch.fnmatchcase(row.id, pattern)), "not explained yet"
         )
-        low, high = (row.ratio[side] for side in ("low", "high"))  # type: ignore[index]
+        low, high = (row.ratio[side] for side in ("low", "high"))
         sure = "" if high < 1 else "; may be noise"
-        lines.append([f"`{row.id}`", f"{shown(row.ratio)}", f"{low:.2f} to {high:.2f}{sure}", why])  # type: ignore[arg-type]
+        lines.append([f"`{row.id}`", f"{shown(row.ratio)}", f"{low:.2f} to {high:.2f}{sure}", why])
     if not lines:
         return "In no row of these."
     return grid(["row", "ratio", "95% of the median", "why"], lines)
@@ -197,19 +199,21 @@ def extra_parts() -> dict[str, Callable[[], str]]:
 
 def headline(rows: Sequence[Row]) -> str:
     """README's: the whole models, in as few columns as possible."""
-    chosen = [row for row in rows if row.set in ("model", "train", "serve") and row.what == "total"]
+    chosen = [
+        row for row in rows if row.set in ("model", "train", "serve") and row.what == "total" and "B" in row.work
+    ]
     lines = []
     for case in by_case(chosen).values():
         peers = [row for row in case.values() if row.ratio is not None and row.system != "one-by-one"]
         if not peers or (OURS, "total") not in case:
             continue
-        best = min(peers, key=lambda row: row.ratio["median"])  # type: ignore[index]
+        best = min(peers, key=lambda row: row.ratio["median"])
         peft = next((row for row in peers if row.system.startswith("peft")), None)
         work = {"model": "generate", "train": "a training step", "serve": "many prompts"}[best.set]
         method = best.work.get("method", "PROMPT_TUNING")
         work += "" if method == "PROMPT_TUNING" else f" ({method.replace('_', ' ').lower()})"
-        over = f"{shown(best.ratio)}, `{best.system}`" if best is not peft else ""  # type: ignore[arg-type]
-        lines.append([work, sizes(best.work), shown(peft.ratio) if peft else "", over])  # type: ignore[arg-type]
+        over = f"{shown(best.ratio)}, `{best.system}`" if best is not peft else ""
+        lines.append([work, sizes(best.work), shown(peft.ratio) if peft else "", over])
     return grid(["SmolLM2-135M", "sizes", "faster than PEFT", "than the fastest other"], lines)
 
 

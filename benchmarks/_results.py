@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def load(paths: Iterable[Path] | None = None) -> list[Row]:
     for result in older:
         for row in older_rows(result):
             known.setdefault(row.id, row)
-    return list(known.values())
+    timed = {row.parts[:3] for row in known.values() if row.seconds}
+    return [row for row in known.values() if row.seconds or row.parts[:3] not in timed]
 
 
 def is_suite(result: dict[str, Any]) -> bool:
@@ -48,10 +50,13 @@ def is_suite(result: dict[str, Any]) -> bool:
 
 
 def older_rows(result: dict[str, Any]) -> Iterator[Row]:
-    """Of bench_model.py serve, bench_train.py step, bench_serve.py mixed and bench_prefix_attention.py, whose samples
-    were kept. Ratios are withheld where those scripts withheld them."""
+    """Of ``make gpu``, bench_train.py step, bench_serve.py mixed, and of scripts that are cases now; all kept their
+    samples. Ratios are withheld where those scripts withheld them."""
     shape = result.get("shape", {})
-    if "rows" in result and "rates" in result["rows"][0]:
+    if "ceilings" in result:
+        for row in result["rows"]:
+            yield from _gpu_case(row, result)
+    elif "rows" in result and "rates" in result["rows"][0]:
         for row in result["rows"]:
             yield from _older_attention(row, result["setting"])
     elif "samples" in result and shape.get("workload") == "serve":
@@ -129,6 +134,33 @@ def _older_attention(found: dict[str, Any], setting: dict[str, Any]) -> Iterator
         yield row
 
 
+def _gpu_case(found: dict[str, Any], result: dict[str, Any]) -> Iterator[Row]:
+    """Of ``make gpu``, whose systems are compared with a float32 reference, and not timed where they are off."""
+    kind = {"models": "model", "training": "train"}.get(found["group"], "op")
+    case = f"{kind}/gpu-{slug(found['case'])}"
+    setting, rates = result["setting"], result["ceilings"]
+    place = _place(setting) | {"device": (setting["gpu"] or {"name": setting["cpu"]})["name"]}
+    work = {"base": found["case"].split(":")[0], "dtype": "bfloat16", "case": found["case"]}
+    floor = max(found["flops"] / rates["bf16 GEMM"], found["bytes"] / rates["copy"])
+    for name, seconds in found["samples"].items():
+        row = _row(case, slug(name), "call" if kind == "op" else "total", work, place, seconds)
+        row.flops, row.bytes, row.rates = found["flops"], found["bytes"], None
+        row.roofline = spread([floor / s for s in seconds]) if floor else None
+        if name in found["errors"]:
+            row.agreement = {"compared": "relative error against float32", "error": found["errors"][name]}
+        if name != OURS and OURS in found["samples"]:
+            row.ratio = compared(seconds, found["samples"][OURS])
+        yield row
+    for name, why in found["not_timed"].items():
+        row = _row(case, slug(name), "", work, place, ())
+        row.skipped = why
+        yield row
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
 def _place(setting: dict[str, Any]) -> dict[str, Any]:
     device = f"{setting['cpu']}, {setting['threads']} threads, {setting['isa']}"
     return {
@@ -142,6 +174,6 @@ def _place(setting: dict[str, Any]) -> dict[str, Any]:
 def _row(
     case: str, system: str, what: str, work: dict[str, Any], place: dict[str, Any], seconds: Sequence[float]
 ) -> Row:
-    identity = f"{case}/{system}/{what.replace(' ', '-')}"
+    identity = "/".join(filter(None, (case, system, what.replace(" ", "-"))))
     peer = SYSTEMS.get(system, system)
-    return Row(identity, work, peer, **place, seconds=spread(seconds), samples=list(seconds))
+    return Row(identity, work, peer, **place, seconds=spread(seconds) if seconds else None, samples=list(seconds))

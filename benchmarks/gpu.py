@@ -52,7 +52,7 @@ CPU_FILES = {
     "files, text and host code, the same on every device": (
         "backends", "cli", "demo", "layout", "peft_io", "pipeline", "prefix_kv", "probe", "project", "prompt",
         "readme", "gpu_command", "accumulation", "arena", "bench_serve", "bench_train", "train_cli", "self_study",
-        "examples", "vllm_front", "engine", "sampler", "server", "server_load", "peers", "guard",
+        "bench_command", "examples", "vllm_front", "engine", "sampler", "server", "server_load", "peers", "guard",
     ),
     "training loops of other libraries, in processes of their own": ("trainer", "distributed"),
     "Triton's interpreter and cross-compiler": ("triton",),

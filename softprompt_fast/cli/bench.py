@@ -162,6 +162,7 @@ def _progress(run: Session) -> Iterator[Any]:
             return lambda: progress.advance(current)
 
         yield begin
+        progress.update(whole, completed=progress.tasks[whole].total)
 
 
 def _write(outcome: Any, json_file: Path | None, plot: Path | None, report: Path | None, run: Session) -> None:
@@ -169,7 +170,7 @@ def _write(outcome: Any, json_file: Path | None, plot: Path | None, report: Path
         outcome.write(json_file)
         run.say(f"rows: {json_file}")
     pictures = import_module("_plots").draw(outcome.rows, plot) if plot is not None else []
-    for path in pictures:
+    for path, _ in pictures:
         run.say(f"plot: {path}")
     if report is not None:
         import_module("_report").write(report, outcome.rows, pictures)
