@@ -40,7 +40,8 @@ def load(paths: Iterable[Path] | None = None) -> list[Row]:
     for result in older:
         for row in older_rows(result):
             known.setdefault(row.id, row)
-    return list(known.values())
+    timed = {row.parts[:3] for row in known.values() if row.seconds}
+    return [row for row in known.values() if row.seconds or row.parts[:3] not in timed]
 
 
 def is_suite(result: dict[str, Any]) -> bool:

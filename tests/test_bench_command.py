@@ -230,7 +230,7 @@ def test_the_command(green: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["nothing"], 3, "unknown set nothing; there are op,"),
         (["--compare", "nobody"], 3, "unknown system nobody; there are"),
         (["--only", "op/nothing"], 3, "no row is called op/nothing; cases: "),
-        (["--rounds"], 2, "No such option"),
+        (["--turns"], 2, "No such option"),
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], status: int, said: str) -> None:
@@ -406,6 +406,17 @@ def test_results_of_a_gpu_are_rows_too() -> None:
     assert ours.roofline and ours.roofline["median"] == pytest.approx(1e9 / 8e14 / 1e-4)
     parts = _report.parts([ours, flash, cudnn])
     assert "3.00x" in parts["op"] and "cudnn" in parts["op"] and _report.headline([flash])
+
+
+def test_a_row_that_one_file_skips_and_another_has_is_there_once(tmp_path: Path) -> None:
+    skipped = row("model/a/peft", 1.0)
+    skipped.seconds, skipped.skipped = None, "takes too long"
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    contents = [row("model/a/ours/total", 1.0), skipped], [row("model/a/peft/total", 2.0)]
+    for file, rows in zip(files, contents, strict=True):
+        file.write_text(json.dumps({"rows": [one.as_dict() for one in rows]}))
+    assert {one.id for one in _results.load(files)} == {"model/a/ours/total", "model/a/peft/total"}
+    assert {one.id for one in _results.load(files[:1])} == {"model/a/ours/total", "model/a/peft"}
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
