@@ -15,7 +15,6 @@ from hypothesis import given
 
 pytest.importorskip("softprompt_fast.backends.cuda.prefix_attention", exc_type=ImportError)
 
-from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.cuda import prefix_attention as cuda
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import AttentionInputs, attention_inputs, poisoned_memory
@@ -161,16 +160,36 @@ def test_random_calls(inputs: AttentionInputs) -> None:
     bounds.hold(results, reference(*exact.tensors, **exact.options), real)
 
 
-def test_who_serves() -> None:
-    """Few queries are the CUDA kernel's; what it cannot take is said, or Triton's."""
-    inputs = attention_inputs(dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("case", "dtype", "served"),
+    [
+        ({"queries": 16, "own": 16}, torch.bfloat16, True),
+        ({"queries": 1, "sinks": True, "softcap": 2.0}, torch.float16, True),
+        ({"queries": 40, "own": 40}, torch.bfloat16, False),
+        ({"queries": 1}, torch.float32, False),
+        ({"queries": 1, "bias": (1, 1, 1, 13)}, torch.bfloat16, False),
+        ({"queries": 1, "v_dim": 0}, torch.bfloat16, False),
+    ],
+)
+def test_who_serves(case: dict, dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries in 16 bits are the CUDA kernel's, the rest of the backend's calls Triton's; both are right."""
+    inputs = attention_inputs(dtype=dtype, **case)
     assert cuda.reasons(*arguments(inputs)) == []
-    assert cuda.reasons(*arguments(attention_inputs())) == ["it takes bfloat16 and float16, found float32"]
-    biased = attention_inputs(dtype=torch.bfloat16, bias=(1, 1, 1, 13))
-    assert cuda.reasons(*arguments(biased)) == ["it takes no bias"]
+    calls: list[tuple] = []
+    forward = cuda.triton.forward
+    monkeypatch.setattr(cuda.triton, "forward", lambda *args: calls.append(args) or forward(*args))
+    with poisoned_memory():
+        check(cuda.forward(*arguments(inputs)), inputs.to(torch.float64), inputs)
+    assert bool(calls) != served
+
+
+def test_what_neither_serves() -> None:
     wide = attention_inputs(dtype=torch.bfloat16, head_dim=257)
     assert cuda.reasons(*arguments(wide)) == ["it takes head dimensions up to 256, found 257 and 257"]
-    assert heuristics.stack_queries(16, 4) and not heuristics.stack_queries(17, 4)
+    assert cuda.reasons(*arguments(attention_inputs(dtype=torch.float64)))
+    biased = attention_inputs(dtype=torch.bfloat16, bias=(1, 1, 1, 13))
+    biased.options["bias"].requires_grad_()
+    assert cuda.reasons(*arguments(biased)) == ["it gives no gradient for bias"]
 
 
 @pytest.mark.skipif(cuda_emulated.compiler() is None, reason="no C++ compiler on this machine")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """prefix_attention in CUDA C++: a decode step in one launch (``csrc/cuda/prefix_attention_decode.cuh``).
 
-The CUDA kernel takes the calls whose rows have few queries (``heuristics.stack_queries``). Those with more of them,
-and gradients, are Triton's (:mod:`softprompt_fast.backends.triton.prefix_attention`).
+It takes bfloat16 and float16 where rows have few queries (``heuristics.stack_queries``). Triton's kernels
+(:mod:`softprompt_fast.backends.triton.prefix_attention`) take the rest, so that the backend serves whole models: more
+queries a row, float32, a bias, and gradients.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ _counters: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
 def reasons(*args: Any) -> list[str]:
     query, key, value, prefix_key, prefix_value = args[:5]
     sinks, bias, key_scale = args[14:17]
-    given = (query, key, value, sinks, *(() if key_scale is not None else (prefix_key, prefix_value)))
-    why = _runtime.refusals(*given)
-    if query.dtype not in DTYPES and not why:
-        why.append(f"it takes bfloat16 and float16, found {str(query.dtype).removeprefix('torch.')}")
-    if bias is not None:
-        why.append("it takes no bias")
-    return why or triton.reasons(*args)
+    given = (query, key, value, sinks, bias, *(() if key_scale is not None else (prefix_key, prefix_value)))
+    return _runtime.refusals(*given) or triton.reasons(*args)
+
+
+def takes(queries: int, groups: int, v_dim: int, dtype: torch.dtype, biased: bool) -> bool:
+    """Whether the CUDA kernel takes a call of rows of `queries` queries and `groups` query heads a key/value head.
+
+    Example: decode steps in bfloat16 or float16 and without a bias, and 16 queries a row of 4 grouped heads.
+    """
+    return heuristics.stack_queries(queries, groups) and v_dim > 0 and dtype in DTYPES and not biased
 
 
 def forward(
@@ -63,7 +67,7 @@ def forward(
     kv_heads, own, v_dim = value.shape[1:]
     tensors = (query, key, value, prefix_key, prefix_value)
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
-    if not heuristics.stack_queries(queries, q_heads // kv_heads) or v_dim == 0:
+    if not takes(queries, q_heads // kv_heads, v_dim, query.dtype, bias is not None):
         options = (scale, causal, sliding_window, softcap, sinks, bias)
         return triton.forward(*tensors, *rows, *options, prefix_key_scale, prefix_value_scale, prefix_scale_block)
     out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
