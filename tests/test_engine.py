@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from softprompt_fast import BankOptions, PrefixKV, SoftPromptModel
-from softprompt_fast.bank import PromptBank
 from softprompt_fast.errors import BankFullError, PrefixError
 from softprompt_fast.serving import batch as batch_module
 from softprompt_fast.serving import engine as engine_module
@@ -374,19 +373,15 @@ def one_place() -> SoftPromptModel:
     return make_model(bank=BankOptions(device_bytes=10 * PREFIX_ENTRY))
 
 
-def refusals(bank: PromptBank, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Counts how often there was no room."""
-    refused, place = threading.Semaphore(0), bank._tiers._place
-
-    def watched(*args: Any) -> None:
-        try:
-            place(*args)
-        except BankFullError:
-            refused.release()
-            raise
-
-    monkeypatch.setattr(bank._tiers, "_place", watched)
-    return refused
+def until_refused(engine: Engine) -> None:
+    """Until a request has found no room."""
+    deadline = time.monotonic() + PATIENCE
+    refused: list[Any] = []
+    while not refused:
+        assert time.monotonic() < deadline
+        with engine._changed:
+            refused = engine._full_rows()
+        time.sleep(0.001)
 
 
 def test_a_full_bank_makes_requests_wait(one_place):
@@ -410,10 +405,9 @@ def test_room_in_the_bank_wakes_who_waits(one_place, monkeypatch, by):
     if by != "release":
         bank.pin("b")
         held.release()
-    refused = refusals(bank, monkeypatch)
     with Engine(one_place, timeout=PATIENCE) as engine:
         stream = engine.submit(greedy(row, "a", 5))
-        assert refused.acquire(timeout=PATIENCE)
+        until_refused(engine)
         {"release": held.release, "unpin": lambda: bank.unpin("b"), "remove": lambda: bank.remove("b")}[by]()
         assert stream.result().tokens == alone(make_model(), row, "a", 5)
 
@@ -424,10 +418,9 @@ def test_who_found_no_room_is_next(one_place, monkeypatch):
     bank, row = one_place.bank, make_rows([4])[0]
     bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
     held = bank.hold("c")
-    refused = refusals(bank, monkeypatch)
     with Engine(one_place, timeout=PATIENCE) as engine:
         large = engine.submit(greedy(row, "b", 5))
-        assert refused.acquire(timeout=PATIENCE)
+        until_refused(engine)
         small, none = engine.submit(greedy(row, "a", 5)), engine.submit(greedy(row, None, 5))
         assert none.result().tokens == alone(make_model(), row, None, 5)
         assert large.num_tokens == small.num_tokens == 0
@@ -440,10 +433,9 @@ def test_who_found_no_room_and_leaves_holds_up_nobody(one_place, monkeypatch):
     monkeypatch.setattr(engine_module, "_GIVE_UP", math.inf)
     bank, row = one_place.bank, make_rows([4])[0]
     bank.add("c", make_prompt(one_place.base, length=5, seed=4).requires_grad_(False))
-    refused = refusals(bank, monkeypatch)
     with bank.hold("c"), Engine(one_place, timeout=PATIENCE) as engine:
         large = engine.submit(greedy(row, "b", 5))
-        assert refused.acquire(timeout=PATIENCE)
+        until_refused(engine)
         small = engine.submit(greedy(row, "a", 5))
         large.cancel()
         assert small.result().tokens == alone(make_model(), row, "a", 5)
