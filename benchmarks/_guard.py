@@ -41,6 +41,8 @@ FEWEST_ROUNDS = 9
 """With fewer than six the interval has less confidence than it says."""
 PAUSE = 0.02
 """Seconds before a turn: after a parallel region OpenMP's threads spin for some milliseconds before they sleep."""
+LAST = 30.0
+"""Seconds that a process has to end by itself."""
 Tick = Callable[[], None]
 Begin = Callable[[str, int, int, int], Tick]
 """Told what begins, in how many steps it ends, its number and of how many; gives what is called after each step."""
@@ -181,10 +183,10 @@ class Process:
         return json.loads(line)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.process.communicate(timeout=10)  # closes its input, which is its sign to end
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self.process.communicate(timeout=LAST)  # closes its input, which is its sign to end
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

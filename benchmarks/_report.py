@@ -177,6 +177,20 @@ def losses(rows: Sequence[Row], reasons: dict[str, str] | None = None) -> str:
     return grid(["row", "ratio", "95% of the median", "why"], lines)
 
 
+def disagreeing(first: Iterable[Row], second: Iterable[Row]) -> tuple[int, list[str]]:
+    """How many rows have a ratio in both runs, and those whose intervals do not overlap, in words."""
+    other = {row.id: row.ratio for row in second if row.ratio is not None}
+    count, said = 0, []
+    for row in first:
+        if row.ratio is None or row.id not in other:
+            continue
+        count += 1
+        a, b = row.ratio, other[row.id]
+        if a["high"] < b["low"] or b["high"] < a["low"]:
+            said.append(f"{row.id}: {shown(a)}, then {shown(b)}")
+    return count, said
+
+
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 

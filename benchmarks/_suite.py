@@ -573,14 +573,13 @@ def tables(outcome: Outcome) -> Iterator[Table]:
             table.add_column(column)
         before = ""
         for row in rows:
-            said = row.skipped or row.withheld
             between = f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f}" if row.ratio else ""
             table.add_row(
                 row.case if row.case != before else "",
                 row.system,
                 row.what,
-                duration(row.seconds) if row.seconds else "",
-                shown(row.ratio) if row.ratio else f"none: {said}" if said else "",
+                duration(row.seconds) if row.seconds else f"not run: {row.skipped}",
+                shown(row.ratio) if row.ratio else f"none: {row.withheld}" if row.withheld else "",
                 between,
                 shown(row.roofline, "%") if row.roofline else "",
                 f"{row.agreement['error']:.0e}" if row.agreement else "",

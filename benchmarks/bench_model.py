@@ -211,7 +211,11 @@ def cases() -> Iterator[Case]:
         # vLLM's package reads a model from its folder, which one with random weights has not.
         systems = SYSTEMS if base == DEMO else SYSTEMS[:-2]
         work = {"base": base, **shape.work}
-        options: dict[str, Any] = {"quick": slow is not None, "slow": frozenset(slow or ()), "rounds": (3, 7)}
+        options: dict[str, Any] = {
+            "quick": slow is not None,
+            "slow": frozenset(slow or ()),
+        }
+        options["rounds"] = (5 if base == DEMO and shape.batch <= 8 else 3, 7)
         # PEFT's first round may last a minute, and the allocator is warm by then.
         options["cold"] = frozenset({"peft"})
         yield Case("model", f"generate-{name}", work, systems, partial(prepare, base, shape), ("generate",), **options)

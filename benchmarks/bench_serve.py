@@ -191,7 +191,7 @@ def cases() -> Iterator[Case]:
             partial(prepare, DEMO, batch, lengths, own, new),
             ("bank",),
             quick=name == "mixed-b8-n4",
-            rounds=(3, 5),
+            rounds=(5, 5),
             cold=frozenset({"peft-loop"}),
         )
 

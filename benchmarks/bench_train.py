@@ -203,7 +203,7 @@ def cases() -> Iterator[Case]:
             partial(prepare, shape, DEMO, parts),
             ("training",),
             quick=name in QUICK,
-            rounds=(3, 5),
+            rounds=(5 if name == "b8-p20-s64" else 3, 5),
         )
 
 

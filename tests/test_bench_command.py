@@ -348,6 +348,13 @@ def test_losses_are_listed_with_their_reason() -> None:
     assert "may be noise" in _report.losses([row("op/a/sdpa/call", 1.0, 0.99)], {})
 
 
+def test_two_runs_agree_where_their_intervals_overlap() -> None:
+    first = [row("op/a/sdpa/call", 1.0, 2.0), row("op/b/sdpa/call", 1.0, 2.0), row("op/c/sdpa/call", 1.0, 2.0)]
+    second = [row("op/a/sdpa/call", 1.0, 2.1), row("op/b/sdpa/call", 1.0, 3.0), row("op/b/ours/call", 1.0)]
+    count, said = _report.disagreeing(first, second)
+    assert count == 2 and len(said) == 1 and said[0].startswith("op/b/sdpa/call: 2.00x") and "3.00x" in said[0]
+
+
 def test_plots_are_the_same_twice(tmp_path: Path) -> None:
     rows = [*scaling_rows(), row("op/x/ours/call", 1e-3, B=1), row("op/x/sdpa/call", 2e-3, 2.0, B=1)]
     first, second = (_plots.draw(rows, tmp_path / name) for name in "ab")

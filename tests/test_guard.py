@@ -220,6 +220,19 @@ def test_a_process_that_ends_says_why(repository: Path, tmp_path: Path) -> None:
     process.close()
 
 
+def test_a_process_that_does_not_end_is_ended(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = repository / "softprompt_fast" / "__init__.py"
+    code = f"import time\nprint({json.dumps({'package': str(package)})!r}, flush=True)\ntime.sleep(1000)"
+    (tmp_path / "_guard_worker.py").write_text(code)
+    process = _guard.Process("v1", repository, tmp_path, tmp_path / "log", {})
+    process.wait()
+    monkeypatch.setattr(_guard, "LAST", 0.1)
+    process.close()
+    assert process.process.returncode
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
