@@ -62,6 +62,7 @@ def forward(
     prefix_key_scale: Tensor | None = None,
     prefix_value_scale: Tensor | None = None,
     prefix_scale_block: int | None = None,
+    max_prefix_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, own, v_dim = value.shape[1:]
@@ -69,7 +70,8 @@ def forward(
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
     if not takes(queries, q_heads // kv_heads, v_dim, query.dtype, bias is not None):
         options = (scale, causal, sliding_window, softcap, sinks, bias)
-        return triton.forward(*tensors, *rows, *options, prefix_key_scale, prefix_value_scale, prefix_scale_block)
+        quantized = (prefix_key_scale, prefix_value_scale, prefix_scale_block)
+        return triton.forward(*tensors, *rows, *options, *quantized, max_prefix_length)
     out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
     lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
     if lse.numel() == 0:
