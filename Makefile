@@ -113,7 +113,7 @@ sanitize: install
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
-# Registers, spills and shared memory (some minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
+# Registers, spills and shared memory (some minutes; the CUDA kernels ten processor minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
 # needed when a kernel has changed; --only REGEX. CUDA_RESOURCES_ARGS: the same for the CUDA kernels, which need nvcc.
 resources: install
 	$(PY) -m tests.triton_resources $(RESOURCES_ARGS)
