@@ -41,7 +41,6 @@ MEANT = {
     r"^(merge_states|prompt_concat)\w*<(.*\b8|float, 4)>$": {"ld.128", "st.128"},
     r"^prefix_attention_decode<": {"mma", "cp.async", "ldmatrix"},
     r"^prompt_qkv<": {"mma", "ld.128", "st.128"},
-    r"^prefix_attention_decode<": {"mma", "ldmatrix", "cp.async"},
 }
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 
