@@ -47,7 +47,7 @@ MODEL_STEMS = (
 MODEL_FILES = [f"tests/test_{name}.py" for name in MODEL_STEMS]
 MORE_MODEL_FILES = [f"tests/test_{name}.py" for name in ("encoder_decoder", "families", "generate_families", "oracle")]
 #: Small shapes of every CUDA kernel, under compute-sanitizer's tools, which run side by side.
-SANITIZED = ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py"]
+SANITIZED = ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py", "tests/test_cuda_decode.py"]
 SANITIZED_TESTS = "bfloat16 and (vectors or test_forward)"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 #: Every other test file, and why it does not run on a GPU.
