@@ -123,7 +123,8 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 # Registers, spills and shared memory (some minutes). RESOURCES_ARGS: --write rewrites tests/triton_resources.json, as is
-# needed when a kernel has changed; --only REGEX. CUDA_RESOURCES_ARGS: the same for the CUDA kernels, which need nvcc.
+# needed when a kernel has changed; --only REGEX. CUDA_RESOURCES_ARGS: the same for the CUDA kernels, which need nvcc and
+# ten minutes of processor time.
 resources: install
 	$(PY) -m tests.triton_resources $(RESOURCES_ARGS)
 	$(PY) -m tests.triton_resources --entries
