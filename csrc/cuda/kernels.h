@@ -34,5 +34,10 @@ void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
 // Which capture the queue's stream takes part in; 0: none.
 uint64_t capture_of(const Queue& queue);
 
+// Counters that are 0 before what the queue's stream does next, and never freed: a graph may hold
+// them. Not from PyTorch's allocator: what lives on in the pool of a graph, PyTorch takes for a
+// leak.
+unsigned* new_counters(int64_t count, const Queue& queue);
+
 }  // namespace cuda
 }  // namespace softprompt_fast

@@ -82,6 +82,18 @@ void launch(const Queue& queue, const Grid& grid, const Params& params) {
         "cudaLaunchKernel");
 }
 
+// Allowed while streams capture, on this thread or another: it is no part of what they capture.
+inline void* allocate(const Queue& queue, size_t bytes) {
+  const OnDevice on(queue.device);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  void* at = nullptr;
+  const cudaError_t error = cudaMalloc(&at, bytes);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  check(error, "cudaMalloc");
+  return at;
+}
+
 inline void set_zero(const Queue& queue, void* at, size_t bytes) {
   const OnDevice on(queue.device);
   check(cudaMemsetAsync(at, 0, bytes, (cudaStream_t)queue.stream), "cudaMemsetAsync");
@@ -95,6 +107,8 @@ template <auto kernel, typename Params>
 void launch(const Queue&, const Grid& grid, const Params& params) {
   emulator::run(kernel, grid.blocks, dim3(grid.threads), grid.shared, params);
 }
+
+inline void* allocate(const Queue&, size_t bytes) { return new uint64_t[(bytes + 7) / 8]; }
 
 inline void set_zero(const Queue&, void* at, size_t bytes) { memset(at, 0, bytes); }
 

@@ -61,5 +61,12 @@ uint64_t capture_of(const Queue& queue) {
 #endif
 }
 
+unsigned* new_counters(int64_t count, const Queue& queue) {
+  const size_t bytes = sizeof(unsigned) * (size_t)count;
+  void* at = allocate(queue, bytes);
+  set_zero(queue, at, bytes);
+  return (unsigned*)at;
+}
+
 }  // namespace cuda
 }  // namespace softprompt_fast

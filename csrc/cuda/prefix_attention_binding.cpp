@@ -142,6 +142,14 @@ void bind_prefix_attention(py::module_& module) {
   module.def(
       "capture", [](py::handle queue) { return capture_of(as_queue(queue)); },
       "A number for the capture that a stream takes part in; 0: none.");
+  module.def(
+      "counters",
+      [](int64_t count, py::handle queue) {
+        SOFTPROMPT_FAST_CHECK(count > 0 && count <= 1 << 29, "counters: expected 1..2^29, found ",
+                              count);
+        return reinterpret_cast<int64_t>(new_counters(count, as_queue(queue)));
+      },
+      "The address of new counters, which the stream clears next and nobody frees.");
 }
 
 }  // namespace cuda

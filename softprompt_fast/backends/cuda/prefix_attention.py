@@ -23,8 +23,9 @@ from softprompt_fast.backends.triton._runtime import dense
 _cuda = _runtime._cuda
 DTYPES = (torch.bfloat16, torch.float16)
 
-# Counters of a device's stream and of the captures on it: every call leaves them at 0 for the next.
-_counters: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+# Counters of a device's stream and of the captures on it, which capture, where and how many: every call leaves them at
+# 0 for the next.
+_counters: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
 
 
 def reasons(*args: Any) -> list[str]:
@@ -102,7 +103,7 @@ def forward(
         None if sinks is None else view(sinks, 1),
         scales,
         workspace.data_ptr(),
-        _counters_of(queue, units, query.device).data_ptr(),
+        _counters_of(queue, units),
         queue,
     )
     return out, lse
@@ -119,16 +120,18 @@ def _workspace(sizes: tuple[int, ...], offsets: bool, indexed: bool, device: int
     return _cuda.prefix_attention_workspace(sizes, offsets, indexed, device)
 
 
-def _counters_of(queue: tuple[int, int], count: int, device: torch.device) -> Tensor:
-    """Counters for the calls of one stream, int32 and all 0: two streams may run at once, so each has its own.
+def _counters_of(queue: tuple[int, int], count: int) -> int:
+    """The address of counters for the calls of one stream, all 0: two streams may run at once, so each has its own.
 
     A capture has others than the stream that it captures, cleared by the graph itself, once: a graph may be replayed
-    on any stream, and beside eager calls. They stay in use until another capture begins on the stream.
+    on any stream, and beside eager calls. They are never freed, for nobody says when a graph ends, and they don't come
+    from PyTorch: ``torch.compile`` with graphs raises where anything but results stays in its pool.
     """
     capture = _cuda.capture(queue)
     key = (*queue, capture != 0)
     found = _counters.get(key)
-    if found is None or found[0] != capture or found[1].shape[0] < count:
-        found = (capture, torch.zeros(max(count, 1024), dtype=torch.int32, device=device))
+    if found is None or found[0] != capture or found[2] < count:
+        count = max(count, 1024)
+        found = (capture, _cuda.counters(count, queue), count)
         _counters[key] = found
     return found[1]
