@@ -105,13 +105,12 @@ class NinjaBuildExt(build_ext):
             "  command = $cxx -MMD -MF $out.d $flags $more -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            "rule cuda",
-            f"  command = {nvcc()} -MMD -MF $out.d -ccbin $cxx {NVCC_FLAGS} {gencode(cuda_archs())} -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
             "rule link",
             f"  command = $cxx {link} $in -o $out $libraries {openmp} {extra} {os.environ.get('LDFLAGS', '')}",
         ]
+        if cuda:
+            command = f"{nvcc()} -MMD -MF $out.d -ccbin $cxx {NVCC_FLAGS} {gencode(cuda_archs())} -c $in -o $out"
+            lines += ["rule cuda", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
         objects = []
         for source in extension.sources:
             name = Path(source).name
@@ -121,10 +120,11 @@ class NinjaBuildExt(build_ext):
             lines.append(f"  more = {more}")
         lines.append(f"build {target}: link {' '.join(objects)}")
         if cuda:  # the static runtime: it finds the driver when it is called, so the module loads without one
-            lines.append(f"  libraries = -L{cuda_home() / 'lib64'} -lcudart_static -ldl -lrt -lpthread")
+            where = f"-L{cuda_home() / 'lib64'} -L{cuda_home() / 'lib'}"  # the second in NVIDIA's Python packages
+            lines.append(f"  libraries = {where} -lcudart_static -ldl -lrt -lpthread")
         (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
-        command = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        done = subprocess.run([*command, "-C", str(folder)], capture_output=True, text=True, check=False)
+        ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        done = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
         if "warning:" in done.stdout:
             print(done.stdout, file=sys.stderr)
         if done.returncode:
@@ -158,9 +158,10 @@ def torch_version() -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler: of CUDA_HOME, or the first on the path."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    """The CUDA compiler: of CUDA_HOME, or the first on the path, or where its installer puts it."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def cuda_home() -> Path:
@@ -177,7 +178,7 @@ def cuda_archs() -> str:
 
 
 def gencode(archs: str) -> str:
-    """nvcc's options for a list like torch's.
+    """nvcc's options for a list like torch's, without GPUs before 8.0, which lack what the kernels use.
 
     Example: ``"8.0;9.0a"`` gives ``-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a``, and
     ``"10.0+PTX"`` machine code and PTX of 10.0.
@@ -187,6 +188,8 @@ def gencode(archs: str) -> str:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if found is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected a list like {CUDA_ARCHS!r}, found {archs!r}")
+        if int(found[1]) < 8:
+            continue
         number = found[1] + found[2] + found[3]
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[4]:
@@ -200,6 +203,8 @@ def without_cuda() -> str:
         return "not built: SOFTPROMPT_FAST_CUDA=0"
     if nvcc() is None:
         return "not built: no nvcc in CUDA_HOME or on the path"
+    if not gencode(cuda_archs()):
+        return "not built: TORCH_CUDA_ARCH_LIST names no GPU of 8.0 or later"
     if CUDA == "1":
         return ""
     # Read from its file: importing torch takes seconds.

@@ -82,7 +82,7 @@ def test_build_info(built: ModuleType):
 def test_build_info_says_about_cuda(built: ModuleType):
     """Here and wherever torch has no CUDA: why its kernels are not built."""
     said = built.build_info()["cuda"]
-    assert said.startswith("built for " if torch.version.cuda and shutil.which("nvcc") else "not built: ")
+    assert said.startswith("built for " if torch.version.cuda and scope_of_setup()["nvcc"]() else "not built: ")
 
 
 def scope_of_setup() -> dict[str, Any]:
@@ -99,6 +99,7 @@ def scope_of_setup() -> dict[str, Any]:
         ("8.0", ["arch=compute_80,code=sm_80"]),
         ("8.0;9.0a", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]),
         ("10.0+PTX ", ["arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100"]),
+        ("7.5 8.0", ["arch=compute_80,code=sm_80"]),
         ("8.6 12.0a", ["arch=compute_86,code=sm_86", "arch=compute_120a,code=sm_120a"]),
     ],
 )
@@ -109,6 +110,13 @@ def test_architectures(archs: str, options: list[str]):
 def test_architectures_that_nobody_knows():
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected a list like '8.0;.*found 'Hopper'"):
         scope_of_setup()["gencode"]("Hopper")
+
+
+def test_gpus_that_the_cuda_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5")
+    scope = scope_of_setup()
+    scope.update(CUDA="1", nvcc=lambda: "nvcc")
+    assert scope["without_cuda"]() == "not built: TORCH_CUDA_ARCH_LIST names no GPU of 8.0 or later"
 
 
 @pytest.mark.parametrize(
