@@ -331,7 +331,8 @@ def build_extension(out: Path) -> str:
     code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if arch := said.stdout.strip():
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", f"{arch}{'a' if arch >= '9.' or len(arch) > 3 else ''}")
+        # Also where the variable is set, as images of PyTorch do: their lists take longer than there is.
+        environment["TORCH_CUDA_ARCH_LIST"] = f"{arch}{'a' if arch >= '9.' or len(arch) > 3 else ''}"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status = run(command, BUILD, out / "gpu-tests.txt", environment)
     code = "from softprompt_fast.backends import native; print(native.status(), native.load_cuda()[1])"
