@@ -17,13 +17,17 @@ from models import Oracle, make_model, make_rows, pad_rows
 from torch import Tensor
 
 from softprompt_fast import ops
+from softprompt_fast.backends import native
 from softprompt_fast.cache import make_static_cache
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import AttentionInputs, assert_within_noise, attention_inputs
 from tests.device import DEVICE, gpu_only
 
 pytestmark = gpu_only
-BACKENDS = ["triton", "torch"]
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(native.load_cuda()[0] is None, reason="no CUDA kernels are built")
+)
+BACKENDS = ["triton", "torch", CUDA]
 B, CAPACITY = 3, 64
 
 
@@ -123,17 +127,19 @@ def test_nothing_waits_for_the_gpu(name: str, backend: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("name", CALLS)
-def test_results_repeat_bit_for_bit(name: str) -> None:
-    call = calls("triton")[name]
+def test_results_repeat_bit_for_bit(name: str, backend: str) -> None:
+    call = calls(backend)[name]
     first = call()
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(call(), first, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("name", CALLS)
-def test_on_a_stream_of_its_own(name: str) -> None:
-    call = calls("triton")[name]
+def test_on_a_stream_of_its_own(name: str, backend: str) -> None:
+    call = calls(backend)[name]
     want = call()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -165,7 +171,8 @@ def test_a_graph_holds_a_decode_step(backend: str) -> None:
         assert_within_noise(out, reference(*exact.tensors, **exact.options)[0], inputs.baseline()[0])
 
 
-def test_reduce_overhead() -> None:
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_reduce_overhead(backend: str) -> None:
     """torch.compile's CUDA graphs, in one graph and without compiling anew for new values."""
     torch._dynamo.reset()
     inputs = decode_step()
@@ -174,8 +181,8 @@ def test_reduce_overhead() -> None:
         inputs.options["query_start"].fill_(own - 1)
         inputs.options["own_end"].fill_(own)
         with torch.compiler.set_stance("default" if own == 10 else "fail_on_recompile"):
-            found = [x.clone() for x in compiled(inputs, "triton")]
-        assert all(torch.equal(x, y) for x, y in zip(found, _attend(inputs, "triton"), strict=True))
+            found = [x.clone() for x in compiled(inputs, backend)]
+        assert all(torch.equal(x, y) for x, y in zip(found, _attend(inputs, backend), strict=True))
 
 
 def test_growing_keys_compile_no_new_kernel() -> None:
@@ -272,12 +279,15 @@ def test_generate_with_steps_that_transformers_compiles() -> None:
 @pytest.mark.parametrize(
     ("queries", "own", "prefix"), [(1, 128, 8192), (1, 1000, 512), (512, 512, 512), (200, 333, 1000)], ids=str
 )
-def test_real_sizes(queries: int, own: int, prefix: int, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_real_sizes(backend: str, queries: int, own: int, prefix: int, head_dim: int, dtype: torch.dtype) -> None:
     """Against float64, with the noise of PyTorch's fused attention over the expanded prefix as the measure."""
+    if backend == "cuda" and (queries > 1 or dtype == torch.float32):
+        pytest.skip("Triton's kernels serve it")
     inputs = attention_inputs(2, 8, 2, queries, own, head_dim, prefix=prefix, dtype=dtype).requires_grad_()
     exact = inputs.to(torch.float64).requires_grad_()
     plain = inputs.to(dtype).requires_grad_()
-    out = ops.prefix_attention(*inputs.tensors, backend="triton")
+    out = ops.prefix_attention(*inputs.tensors, backend=backend)
     want = reference(*exact.tensors)[0]
     base = fused(plain)
     assert_within_noise(out, want, base, "out")
