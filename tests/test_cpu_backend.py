@@ -533,7 +533,7 @@ ZIG = [sys.executable, "-m", "ziglang", "c++"]
 def test_the_kernels_compile_for_neon(tmp_path: Path) -> None:
     """With another compiler for another processor; warnings are errors. Bindings are slow to optimise."""
     flags = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-    flags += [f'-DSOFTPROMPT_FAST_{name}="none"' for name in ("VERSION", "FLAGS", "TORCH")]
+    flags += [f'-DSOFTPROMPT_FAST_{name}="none"' for name in ("VERSION", "FLAGS", "TORCH", "CUDA")]
     sources = [ROOT / "csrc/registration.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
 
     def run(source: Path) -> None:
