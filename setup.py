@@ -119,9 +119,10 @@ class NinjaBuildExt(build_ext):
             more = shlex.join(defines) if name == "registration.cpp" else ISA_FLAGS.get(name, "")
             lines.append(f"  more = {more}")
         lines.append(f"build {target}: link {' '.join(objects)}")
+        lines.append(f"  libraries = {'' if sys.platform == 'darwin' else '-ldl'}")
         if cuda:  # the static runtime: it finds the driver when it is called, so the module loads without one
             where = f"-L{cuda_home() / 'lib64'} -L{cuda_home() / 'lib'}"  # the second in NVIDIA's Python packages
-            lines.append(f"  libraries = {where} -lcudart_static -ldl -lrt -lpthread")
+            lines[-1] += f" {where} -lcudart_static -lrt -lpthread"
         (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
         ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         done = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
@@ -229,6 +230,7 @@ def extensions() -> list[Extension]:
     headers = [name for name in files if name.endswith((".h", ".cuh"))]
     gpu = [name for name in files if Path(name).parts[1] == "cuda" and name.endswith((".cpp", ".cu"))]
     cpu = [name for name in files if name.endswith(".cpp") and name not in gpu]
+    gpu.append(str(Path("csrc", "torch_abi.cpp")))
     found = [Extension("softprompt_fast._C", sources=cpu, depends=headers)]
     if not without_cuda():
         found.append(Extension("softprompt_fast._cuda", sources=gpu, depends=headers))

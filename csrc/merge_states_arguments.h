@@ -1,64 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the bindings read the arguments of merge_states and of its gradient.
+// How the C++ ops of merge_states and of its gradient read their arguments.
 #pragma once
 
-#include "arguments.h"
+#include "checks.h"
 #include "merge_states.h"
+#include "torch_abi.h"
 
 namespace softprompt_fast {
 
 inline int64_t rows_of(const MergeStates& op) { return op.size[0] * op.size[1] * op.size[2]; }
 
-// An `out` of 4 dimensions or an `lse` of 3: stride 0 where the caller's tensor has fewer.
-inline Tensor out_tensor(const MergeStates& op, const char* name, pybind11::handle given) {
-  const Tensor tensor = as_tensor(name, given, 4, rows_of(op) > 0 && op.v_dim > 0);
-  check_dtype(name, tensor, op.out_a.dtype);
-  return tensor;
-}
+// Reads tensors of the shape of `out`, [..., Dv], or without its last dimension.
+class MergeStatesReader {
+ public:
+  MergeStatesReader(MergeStates& op, const abi::View& out) : out_(out) {
+    SOFTPROMPT_FAST_CHECK(out.dimensions >= 1 && out.dimensions <= 4,
+                          "out_a: expected 1 to 4 dimensions, found ", out.describe());
+    const int64_t lead = 4 - out.dimensions;
+    for (int64_t i = 0; i < 3; ++i) op.size[i] = i < lead ? 1 : out.size[i - lead];
+    op.v_dim = out.size[out.dimensions - 1];
+    SOFTPROMPT_FAST_CHECK(abi::dtype_of("out_a", out) < DType::kInt8, "out_a: no kernel reads ",
+                          out.describe());
+  }
 
-inline Tensor lse_tensor(const MergeStates& op, const char* name, pybind11::handle given,
-                         bool used = true) {
-  const Tensor tensor = as_tensor(name, given, 3, used && rows_of(op) > 0);
-  check_dtype(name, tensor, DType::kFloat32);
-  return tensor;
-}
+  Tensor out(const char* name, const abi::View& x) const {
+    check(name, x, out_.dimensions, out_.dtype);
+    return abi::as_tensor(name, x, 4);
+  }
 
-inline void read_states(MergeStates& op, const pybind11::tuple& sizes, pybind11::handle out_a,
-                        pybind11::handle lse_a, pybind11::handle out_b, pybind11::handle lse_b) {
-  int64_t* const size[] = {&op.size[0], &op.size[1], &op.size[2], &op.v_dim};
-  read_sizes(sizes, size);
-  op.out_a = as_tensor("out_a", out_a, 4, rows_of(op) > 0 && op.v_dim > 0);
-  check_floating("out_a", op.out_a);
-  op.out_b = out_tensor(op, "out_b", out_b);
-  op.lse_a = lse_tensor(op, "lse_a", lse_a);
-  op.lse_b = lse_tensor(op, "lse_b", lse_b);
-}
+  Tensor lse(const char* name, const abi::View& x) const {
+    check(name, x, out_.dimensions - 1, abi::torch_dtype(DType::kFloat32));
+    return abi::as_tensor(name, x, 3);
+  }
 
-inline MergeStates as_merge_states(const pybind11::tuple& sizes, pybind11::handle out_a,
-                                   pybind11::handle lse_a, pybind11::handle out_b,
-                                   pybind11::handle lse_b, pybind11::handle out,
-                                   pybind11::handle lse) {
+ private:
+  void check(const char* name, const abi::View& x, int64_t dimensions, int32_t dtype) const {
+    bool fits = x.dimensions == dimensions && x.dtype == dtype && x.beside(out_);
+    for (int64_t i = 0; fits && i < dimensions; ++i) fits = x.size[i] == out_.size[i];
+    SOFTPROMPT_FAST_CHECK(fits, name, ": does not fit out_a ", out_.describe(), ", found ",
+                          x.describe());
+  }
+
+  abi::View out_;
+};
+
+// Arguments: out_a, lse_a, out_b, lse_b.
+inline MergeStates read_merge_states(const abi::Arguments& given, const abi::View& out,
+                                     const abi::View& lse) {
   MergeStates op = {};
-  read_states(op, sizes, out_a, lse_a, out_b, lse_b);
-  op.out = out_tensor(op, "out", out);
-  op.lse = lse_tensor(op, "lse", lse);
+  const MergeStatesReader read(op, given.tensor(0));
+  op.out_a = read.out("out_a", given.tensor(0));
+  op.lse_a = read.lse("lse_a", given.tensor(1));
+  op.out_b = read.out("out_b", given.tensor(2));
+  op.lse_b = read.lse("lse_b", given.tensor(3));
+  op.out = read.out("out", out);
+  op.lse = read.lse("lse", lse);
   return op;
 }
+constexpr const char* kMergeStatesKinds = "TTTT";
+constexpr const char* kMergeStatesOutKinds = "TTTTRR";
 
-inline MergeStatesGrad as_merge_states_backward(
-    const pybind11::tuple& sizes, pybind11::handle grad_out, pybind11::handle grad_lse,
-    pybind11::handle out_a, pybind11::handle lse_a, pybind11::handle out_b, pybind11::handle lse_b,
-    pybind11::handle grad_a, pybind11::handle grad_lse_a, pybind11::handle grad_b,
-    pybind11::handle grad_lse_b) {
+// Arguments: grad_out, grad_lse, out_a, lse_a, out_b, lse_b, and the four results.
+inline MergeStatesGrad read_merge_states_backward(const abi::Arguments& given) {
   MergeStatesGrad op = {};
-  read_states(op, sizes, out_a, lse_a, out_b, lse_b);
-  op.grad_out = out_tensor(op, "grad_out", grad_out);
-  op.grad_lse = lse_tensor(op, "grad_lse", grad_lse, !grad_lse.is_none());
-  op.grad_a = out_tensor(op, "grad_a", grad_a);
-  op.grad_b = out_tensor(op, "grad_b", grad_b);
-  op.grad_lse_a = lse_tensor(op, "grad_lse_a", grad_lse_a);
-  op.grad_lse_b = lse_tensor(op, "grad_lse_b", grad_lse_b);
+  const MergeStatesReader read(op, given.tensor(2));
+  op.grad_out = read.out("grad_out", given.tensor(0));
+  if (given.has(1)) op.grad_lse = read.lse("grad_lse", given.tensor(1));
+  op.out_a = read.out("out_a", given.tensor(2));
+  op.lse_a = read.lse("lse_a", given.tensor(3));
+  op.out_b = read.out("out_b", given.tensor(4));
+  op.lse_b = read.lse("lse_b", given.tensor(5));
+  op.grad_a = read.out("grad_a", given.tensor(6));
+  op.grad_lse_a = read.lse("grad_lse_a", given.tensor(7));
+  op.grad_b = read.out("grad_b", given.tensor(8));
+  op.grad_lse_b = read.lse("grad_lse_b", given.tensor(9));
   return op;
 }
+constexpr const char* kMergeStatesBackwardKinds = "T?TTTTTRRRR";
 
 }  // namespace softprompt_fast

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module softprompt_fast._C: what is no op (build facts, CPU features). It does not link
-// against torch, so it loads beside any torch version; ops register with torch.library and not
-// here.
+// The module softprompt_fast._C: the CPU's kernels, and what is no op (build facts, CPU features).
+// It does not link against torch and loads without; implement_ops() then finds the torch that is
+// there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "torch_abi.h"
 
 // setup.py passes these as string literals.
 #if !defined(SOFTPROMPT_FAST_VERSION) || !defined(SOFTPROMPT_FAST_FLAGS) || \
@@ -73,8 +74,20 @@ PYBIND11_MODULE(_C, m) {
         "Use another instruction set's kernels from now on; 'auto': the best.");
   m.def("workspace_allocations", &softprompt_fast::workspace_allocations,
         "How often the CPU kernels allocated scratch memory so far.");
+  m.def(
+      "refusal", [] { return softprompt_fast::abi::refusal(); },
+      "Why the last op called in this thread that did not serve its call did not.");
+  m.def(
+      "implement_ops",
+      [](const std::string& folder) {
+        softprompt_fast::abi::load(folder);
+        softprompt_fast::implement_merge_states();
+        softprompt_fast::implement_prefix_attention();
+      },
+      pybind11::arg("folder"),
+      "Give PyTorch, whose libraries lie in a folder, the kernels of the ops "
+      "softprompt_fast::*_cpu. Once. RuntimeError: this PyTorch lacks what that takes.");
   softprompt_fast::bind_linear(m);
-  softprompt_fast::bind_merge_states(m);
   softprompt_fast::bind_prefix_attention(m);
   softprompt_fast::bind_prompt_concat(m);
   softprompt_fast::bind_training(m);

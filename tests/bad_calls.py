@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softprompt_fast import ops
 from softprompt_fast.backends import _registry
-from softprompt_fast.testing import attention_inputs
+from softprompt_fast.testing import attention_inputs, poisoned_memory
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -318,17 +318,46 @@ class Changed:
         return run
 
 
+class ChangedOp(Changed):
+    """The same of an op that C++ implements: one of its tensors is cut, turned, of another dtype, or left out."""
+
+    def __call__(self, *args: Any, **results: Tensor) -> Any:
+        for _ in range(self.times):
+            place = self.draw.randrange(len(args))
+            bad = [*args[:place], worse_tensor(args[place], self.draw), *args[place + 1 :]]
+            try:  # what it writes is written again by the good call
+                self.endings[f"C++: {'returned' if self.extension(*bad, **results) else 'refused'}"] += 1
+            except (ValueError, RuntimeError, TypeError) as error:
+                self.endings[f"C++: {type(error).__name__}"] += 1
+        return self.extension(*args, **results)
+
+
+def worse_tensor(value: Any, draw: random.Random) -> Any:
+    """What an op's schema lets pass, mostly."""
+    if not isinstance(value, Tensor):
+        return worse_number(value, draw)
+    if not value.is_floating_point():  # never other values: what stands there was checked by the op, not by C++
+        return draw.choice([None, value[:-1], value.to(torch.float32), value[None]])
+    choices: list[Any] = [None, value[None], value.flatten()]
+    if value.dim():
+        choices += [value[..., :-1], value[1:], value.transpose(0, -1)]
+    choices += [value.to(dtype) for dtype in (torch.float64, torch.float16, torch.int8, torch.bool)]
+    return draw.choice(choices)
+
+
 @contextmanager
 def changed(draw: random.Random, times: int, endings: Counter[str]) -> Iterator[None]:
     modules = [sys.modules[f"softprompt_fast.backends.cpu.{name}"] for name in SERVED]
-    extension = modules[0]._C
+    kinds = {"_C": Changed, "_OUT": ChangedOp, "_BACKWARD": ChangedOp}
+    found = [(module, name, getattr(module, name)) for module in modules for name in kinds if hasattr(module, name)]
     try:
-        for module in modules:
-            module._C = Changed(extension, draw, times, endings)
-        yield
+        for module, name, function in found:
+            setattr(module, name, kinds[name](function, draw, times, endings))
+        with poisoned_memory():  # then no call goes past them
+            yield
     finally:
-        for module in modules:
-            module._C = extension
+        for module, name, function in found:
+            setattr(module, name, function)
 
 
 def bad_extension_calls(draw: random.Random, times: int, endings: Counter[str]) -> str | None:

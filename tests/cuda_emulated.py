@@ -38,6 +38,7 @@ def library() -> tuple[Path | None, str]:
     except ImportError:
         return None, "pybind11 is not installed"
     sources = sorted(p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cpp", ".cu"))
+    sources.append(ROOT / "csrc" / "torch_abi.cpp")
     read = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h", ".cuh"))
     text = b"".join(p.read_bytes() for p in read if p.parent.name not in ("cpu", "tests"))
     key = hashlib.sha256(repr([text, command, FLAGS, __version__, sys.version]).encode()).hexdigest()[:16]
@@ -52,7 +53,8 @@ def library() -> tuple[Path | None, str]:
                 shutil.rmtree(old)
         target.parent.mkdir()
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-        macros = [f'-DSOFTPROMPT_FAST_VERSION="{__version__}"', '-DSOFTPROMPT_FAST_CUDA_ARCHS="emulated"']
+        macros = ["-DSOFTPROMPT_FAST_EMULATED", f'-DSOFTPROMPT_FAST_VERSION="{__version__}"']
+        macros.append('-DSOFTPROMPT_FAST_CUDA_ARCHS="emulated"')
 
         def compiled(source: Path) -> subprocess.CompletedProcess[str]:
             out = ["-x", "c++", "-c", str(source), "-o", str(target.parent / f"{source.name}.o")]

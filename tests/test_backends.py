@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from softprompt_fast import ops
-from softprompt_fast.backends import _registry, heuristics
+from softprompt_fast.backends import _registry, heuristics, native_ops
 from softprompt_fast.backends._registry import BACKENDS, OPS, BackendError, Backends, available_backends, requested
-from softprompt_fast.testing import attention_inputs
+from softprompt_fast.testing import attention_inputs, poisoned_memory
 
 VARIABLE = _registry.ENVIRONMENT_VARIABLE
 
@@ -204,3 +208,87 @@ def test_joined_keys_are_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> 
         results.append(ops.prefix_attention(*inputs.tensors, return_lse=True, backend="torch"))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+# ---- C++ ops that are tried first -----------------------------------------------------------------------------------
+
+x, prefix = torch.randn(2, 4, 3, 8), torch.randn(4, 5, 8)
+lse = torch.randn(2, 4, 3)
+DIRECT: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "prefix_attention": (ops.prefix_attention, (x, x, x, prefix, prefix)),
+    "merge_states": (ops.merge_states, (x, lse, x, lse)),
+}
+needs_cpu = pytest.mark.skipif(bool(_registry.available_backends("merge_states")["cpu"]), reason="no C++ extension")
+
+
+@pytest.fixture(params=DIRECT)
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, tuple[Any, ...], list[Any]]:
+    """An op, arguments, and what its C++ op gave since."""
+    op, args = DIRECT[request.param]
+    module, given = importlib.import_module(f"softprompt_fast.backends.cpu.{request.param}"), []
+    native = module.NATIVE
+    monkeypatch.setattr(module, "NATIVE", lambda *args: (given.append(native(*args)), given[-1])[1])
+    return op, args, given
+
+
+@needs_cpu
+def test_the_op_in_cpp_is_tried_first(direct: Any) -> None:
+    op, args, given = direct
+    for backend in (None, "auto", "cpu"):
+        given.clear()
+        found = op(*args, backend=backend)
+        assert len(given) == 1 and (found if isinstance(found, Tensor) else found[0]) is given[0][0]
+    want = op(*args, backend="reference")
+    assert len(given) == 1
+    torch.testing.assert_close(found, want)
+
+
+@needs_cpu
+def test_what_is_asked_for_is_asked_first(direct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, args, given = direct
+    op(*args, backend="torch")
+    monkeypatch.setenv("SOFTPROMPT_FAST_BACKEND", "torch")
+    op(*args)
+    assert not given
+
+
+@needs_cpu
+def test_gradients_go_the_long_way(direct: Any) -> None:
+    op, args, given = direct
+    for place in range(len(args)):
+        leaves = [a.clone().requires_grad_(i == place) for i, a in enumerate(args)]
+        found = op(*leaves)
+        (found if isinstance(found, Tensor) else found[0]).sum().backward()
+        assert not given and leaves[place].grad is not None
+    with torch.no_grad():
+        op(*leaves)
+    assert len(given) == 1
+    given.clear()
+    with poisoned_memory():
+        op(*args)
+    assert not given
+
+
+@needs_cpu
+def test_what_it_refuses_goes_on(direct: Any) -> None:
+    """To a backend that takes it, or to the error that says what is wrong."""
+    op, args, given = direct
+    doubles = tuple(a.double() for a in args)
+    torch.testing.assert_close(op(*doubles), op(*doubles, backend="reference"))
+    assert given == [(None, None)]
+    for wrong in (args[0][0], args[0].int()):
+        with pytest.raises(ValueError, match="expected"):
+            op(wrong, *args[1:])
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", DIRECT)
+def test_opcheck_of_the_ops_in_cpp(name: str) -> None:
+    _, args = DIRECT[name]
+    if name == "prefix_attention":
+        args = (*args, *(None,) * 6, True, *(None,) * 8)
+    out, lse = getattr(native_ops, f"{name}_results")(*args)
+    packet = getattr(torch.ops.softprompt_fast, f"{name}_cpu")
+    checks = ("test_schema", "test_faketensor")  # they have no gradient
+    torch.library.opcheck(packet.default, args, test_utils=checks)
+    torch.library.opcheck(packet.out, args, {"out": out, "lse": lse}, test_utils=checks)

@@ -29,7 +29,7 @@ from sanitize import check, compiler, overlay, python, sanitized
 
 import softprompt_fast
 from softprompt_fast import ops
-from softprompt_fast.backends import native
+from softprompt_fast.backends import native, native_ops
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
 from softprompt_fast.testing import AttentionInputs, attention_inputs, poisoned_memory
 from tests.random_tensors import strided
@@ -152,39 +152,19 @@ def test_any_shape_and_strides(inputs: AttentionInputs, which: str, threads: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("v_dim", [1, 16, 37])
-def test_results_end_where_they_end(
-    isa: str, dtype: torch.dtype, v_dim: int, two_threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_end_where_they_end(isa: str, dtype: torch.dtype, v_dim: int, two_threads: None) -> None:
     """The memory of out and lse is taken from the middle of buffers; what stands before and behind stays."""
     inputs = attention_inputs(batch=3, queries=5, own=70, v_dim=v_dim, prefix=130, dtype=dtype)
     want = run(inputs)
-    guard, buffers = 64, []
-
-    def strided(size: tuple[int, ...], strides: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
-        count = torch.Size(size).numel()
-        buffers.append(torch.full((count + 2 * guard,), 7.0, dtype=dtype))
-        return buffers[-1].as_strided(size, strides, guard)
-
-    def empty(size: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
-        return strided(size, tuple(torch.Size(size[i + 1 :]).numel() for i in range(len(size))), dtype=dtype)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_strided", strided)
-        patch.setattr(torch, "empty", empty)
-        found = run(inputs)
-    assert len(buffers) == 2, "the backend takes its results' memory elsewhere: this test looks at nothing"
+    guard, buffers, found = 64, [], []
+    for result in want:
+        buffers.append(torch.full((result.numel() + 2 * guard,), 7.0, dtype=result.dtype))
+        found.append(buffers[-1].as_strided(result.shape, result.stride(), guard))
+    attention = torch.ops.softprompt_fast.prefix_attention_cpu.out
+    assert attention(*inputs.tensors, *(None,) * 6, True, *(None,) * 8, out=found[0], lse=found[1])
     for x, y, buffer in zip(found, want, buffers, strict=True):
         assert torch.equal(x, y)
         assert (buffer[:guard] == 7.0).all() and (buffer[-guard:] == 7.0).all()
-
-
-def test_negative_strides_are_refused() -> None:
-    """PyTorch has none; another caller of the extension might."""
-    if EXTENSION is None:
-        pytest.skip(f"C++ extension: {REASON}")
-    with pytest.raises(ValueError, match="query: expected no negative stride, found -8 in dimension 2"):
-        tensor = (0, 0, 8, 8, -8, 1)
-        EXTENSION.prefix_attention(tensor, *(None,) * 5, 0, (0, 1, 1, 1, 1, 0, 8, 8), (None,) * 5, *OPTIONS)
 
 
 def test_a_nan_stays_in_its_row_and_shows(isa: str) -> None:
@@ -372,95 +352,71 @@ def test_ten_thousand_bad_calls() -> None:
     )
 
 
-#: From scale on: what follows the sizes and the index tensors in a call of the extension.
-OPTIONS = (1.0, True, 0, 0.0, 0, None, 0, None, 1)
-
-
 def attention(**changes: Any) -> None:
-    """A call of the extension that is good but for the changes."""
-    x, out, lse = torch.zeros(8), torch.zeros(8), torch.zeros(1)
-    four, three = ((t.data_ptr(), 0, 8, 8, 8, 1) for t in (x, out)), (x.data_ptr(), 0, 8, 8, 1)
-    query, out_view = four
-    call: dict[str, Any] = {
-        "query": query,
-        "key": query,
-        "value": query,
-        "prefix_key": three,
-        "prefix_value": three,
-        "out": out_view,
-        "lse": lse.data_ptr(),
-        "sizes": (1, 1, 1, 1, 1, 1, 8, 8),
-        "rows": [None] * 5,
-        "scale": 1.0,
-        "causal": True,
-        "window": 0,
-        "softcap": 0.0,
-        "sinks": 0,
-        "bias": None,
-        "bias_columns": 0,
-        "scales": None,
-        "threads": 1,
-    }
-    for name, value in changes.items():
-        if name.startswith("index"):
-            call["rows"][int(name[5:])] = value
-        else:
-            call[name] = value
-    call["rows"] = tuple(call["rows"])
-    EXTENSION.prefix_attention(*call.values())
+    """A call of the C++ op that is good but for the changes."""
+    x, prefix = torch.zeros(1, 2, 3, 8), torch.zeros(2, 4, 8)
+    names = ("offsets", "index", "own_start", "own_end", "query_start")
+    call: dict[str, Any] = dict.fromkeys(names) | {
+        **{"query": x, "key": x, "value": x, "prefix_key": prefix, "prefix_value": prefix},
+        **{"scale": 1.0, "causal": True, "window": None, "softcap": None, "sinks": None, "bias": None},
+        **{"key_scale": None, "value_scale": None, "block": None, "longest": None},
+        **{"out": torch.zeros(1, 2, 3, 8), "lse": torch.zeros(1, 2, 3)},
+    } | changes  # fmt: skip
+    order = ["query", "key", "value", "prefix_key", "prefix_value", *names, "scale", "causal", "window", "softcap"]
+    order += ["sinks", "bias", "key_scale", "value_scale", "block", "longest"]
+    results = {name: call[name] for name in ("out", "lse")}
+    done = torch.ops.softprompt_fast.prefix_attention_cpu.out(*(call[name] for name in order), **results)
+    native_ops.served(EXTENSION, done)
 
 
-def index(*values: int, dtype: torch.dtype = torch.int32) -> tuple[int, int, bool]:
-    KEPT.append(torch.tensor(values, dtype=dtype))
-    return KEPT[-1].data_ptr(), len(values), dtype == torch.int64
-
-
-KEPT: list[torch.Tensor] = []
-INT8 = {"prefix_key": (8, 3, 8, 8, 1), "prefix_value": (8, 3, 8, 8, 1)}
+INT8 = {name: torch.zeros(2, 4, 8, dtype=torch.int8) for name in ("prefix_key", "prefix_value")}
+SCALES = {name: torch.ones(2, 2) for name in ("key_scale", "value_scale")}
 
 
 @needs_extension
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": None}, "query: expected a tensor with memory, found None"),
-        ({"key": (0, 0, 8, 8, 8, 1)}, "key: expected a tensor with memory, found a null pointer"),
-        ({"out": (0, 0, 8, 8, 8, 1)}, "out: expected a tensor with memory, found a null pointer"),
-        ({"lse": 0}, "lse: expected memory, found a null pointer"),
-        ({"query": (0, 0, 8, 8)}, r"query: expected a tuple of .* \(6 items\), found 4 items"),
-        ({"query": "x"}, "query: expected None or a tuple of .*, found str"),
-        ({"query": (2.5, 0, 8, 8, 8, 1)}, "query: expected an integer, found float"),
-        ({"query": (8, 4, 8, 8, 8, 1)}, "query: expected a dtype code 0..3, found 4"),
-        ({"query": (8, 3, 8, 8, 8, 1)}, "query: expected a floating dtype code 0..2, found 3"),
-        ({"value": (8, 1, 8, 8, 8, 1)}, "value: expected dtype code 0, found 1"),
-        ({"prefix_key": (8, 3, 8, 8, 1)}, "prefix_key: expected dtype code 0, found 3"),
-        (INT8 | {"scales": (0, 0, 1, 8)}, "scales: expected memory of both, found a null pointer"),
-        (INT8 | {"scales": (8, 8, 1, 0)}, "scales: expected a stride >= 0 and a block > 0, found 1 and 0"),
-        (INT8 | {"scales": (8, 8)}, r"scales: expected a tuple of .* \(4 items\), found 2 items"),
-        ({"sizes": (1, 1, 1, 1, 1, 1, 8)}, "sizes: expected 8 numbers, found 7"),
-        ({"sizes": (1, 1, 1, 1, 1, 1, 8, -1)}, r"sizes: expected numbers within 0..\d+, found -1 in place 7"),
-        ({"sizes": (2**62, 1, 1, 1, 1, 1, 8, 8)}, r"sizes: expected numbers within 0..\d+, found \d+ in place 0"),
-        ({"sizes": (1, 3, 2, 1, 1, 1, 8, 8)}, "sizes: expected q_heads a multiple of kv_heads .*, found 3, 2, 8"),
-        ({"window": -1}, "window: expected 0 .* or more, found -1"),
-        ({"threads": 0}, r"threads: expected 1..\d+, found 0"),
-        ({"threads": 2**30}, r"threads: expected 1..\d+, found 1073741824"),
-        ({"rows": (None,) * 4}, "rows: expected 5 index tensors, found 4"),
-        ({"index0": index(0)}, "prefix_offsets: expected 2 values or more, found 1"),
-        ({"index0": index(0, 2)}, "prefix_offsets: expected values within 0..1, found 2 in place 1"),
-        ({"index0": index(1, 0)}, "prefix_offsets: expected rising values, found 0 behind 1"),
-        ({"index1": index(1)}, "prefix_index: expected values within -1..0, found 1 in place 0"),
-        ({"index1": index(2**40, dtype=torch.int64)}, "prefix_index: expected values .*, found 1099511627776"),
-        ({"index1": index(0, 0)}, "prefix_index: expected 1 values, found 2"),
-        ({"index2": index(-1)}, "own_start: expected values within 0..1, found -1 in place 0"),
-        ({"index3": index(2)}, "own_end: expected values within 0..1, found 2 in place 0"),
-        ({"index4": (0, 1, False)}, "query_start: expected .*, found length 1 and a null pointer"),
-        ({"index4": 5}, "query_start: expected None or a tuple of .*, found int"),
-        ({"bias": (8, 0, 8, 8, 8, 1)}, "bias: expected at least 1 columns before the own keys', found 0"),
+        ({"query": torch.zeros(2, 3, 8)}, r"query: expected \[B, Hq, S, D\] .*, found float32 \[2, 3, 8\] on cpu"),
+        ({"query": torch.zeros(1, 3, 3, 8)}, "query: expected a multiple of value's 2 heads, found 3"),
+        ({"query": torch.zeros(1, 2, 3, 8, dtype=torch.float64)}, "key: does not fit the others"),
+        ({"query": torch.zeros(1, 2, 3, 8).to_sparse()}, "strided tensors|Sparse"),
+        ({"key": torch.zeros(1, 2, 2, 8)}, r"key: does not fit the others, found float32 \[1, 2, 2, 8\]"),
+        ({"value": torch.zeros(1, 2, 3, 8).half()}, "value: does not fit the others, found float16"),
+        ({"prefix_key": INT8["prefix_key"]}, "prefix_key: does not fit the others, found int8"),
+        ({"prefix_value": torch.zeros(2, 5, 8)}, r"prefix_value: does not fit .*, found float32 \[2, 5, 8\]"),
+        (INT8 | SCALES, "scales: expected two tensors and a block > 0, or none of them"),
+        (INT8 | SCALES | {"block": 0}, "scales: expected two tensors and a block > 0"),
+        (INT8 | SCALES | {"block": 4}, r"prefix_key_scale: does not fit the others, found float32 \[2, 2\]"),
+        (SCALES | {"block": 2}, "prefix_key: expected int8 beside scales, found float32"),
+        (INT8 | {"key_scale": torch.ones(4, 2)[::2], "value_scale": torch.ones(2, 2), "block": 2},
+         "prefix_key_scale: expected dense float32"),
+        ({"out": torch.zeros(1, 2, 3, 7)}, r"out: does not fit the others, found float32 \[1, 2, 3, 7\]"),
+        ({"out": torch.zeros(1, 2, 3, 8).half()}, "out: expected the dtype of query, found float16"),
+        ({"lse": torch.zeros(1, 3, 2).transpose(1, 2)}, "lse: expected dense float32"),
+        ({"lse": torch.zeros(1, 2, 3, dtype=torch.float64)}, "lse: no kernel reads another dtype"),
+        ({"sinks": torch.zeros(3)}, r"sinks: expected \[2\], found float32 \[3\]"),
+        ({"sinks": torch.zeros(2).half()}, "sinks: expected dense float32, found float16"),
+        ({"window": 0}, "sliding_window: expected none, or > 0 and causal, found 0"),
+        ({"window": 3, "causal": False}, "sliding_window: expected none, or > 0 and causal, found 3"),
+        ({"softcap": float("nan")}, "softcap: expected none or > 0, found nan"),
+        ({"longest": -1}, "max_prefix_length: expected none or >= 0, found -1"),
+        ({"offsets": torch.zeros(1, dtype=torch.int32)}, r"prefix_offsets: expected \[N \+ 1\], found int32 \[1\]"),
+        ({"offsets": torch.tensor([0, 5])}, "prefix_offsets: expected values within 0..4, found 5 in place 1"),
+        ({"offsets": torch.tensor([1, 0])}, "prefix_offsets: expected rising values, found 0 behind 1"),
+        ({"index": torch.tensor([1])}, "prefix_index: expected values within -1..0, found 1 in place 0"),
+        ({"index": torch.tensor([2**40])}, "prefix_index: expected values .*, found 1099511627776"),
+        ({"index": torch.tensor([0, 0])}, r"prefix_index: expected int32 or int64 \[1\] .*, found int64 \[2\]"),
+        ({"index": torch.tensor([0.0])}, "prefix_index: expected int32 or int64 .*, found float32"),
+        ({"own_start": torch.tensor([-1])}, "own_start: expected values within 0..3, found -1 in place 0"),
+        ({"own_end": torch.tensor([4])}, "own_end: expected values within 0..3, found 4 in place 0"),
+        ({"bias": torch.zeros(1, 1, 1, 6)}, r"bias: does not fit the others, found float32 \[1, 1, 1, 6\]"),
+        ({"bias": torch.zeros(1, 1, 1, 4), "offsets": torch.tensor([0, 2])}, "bias: expected at least 2 columns"),
     ],
 )  # fmt: skip
-def test_bad_calls_of_the_extension(change: dict[str, Any], message: str) -> None:
+def test_bad_calls_of_the_op(change: dict[str, Any], message: str) -> None:
     attention()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         attention(**change)
 
 

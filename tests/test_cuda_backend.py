@@ -4,6 +4,8 @@ strides, and what they refuse. On a CPU they are emulated."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,18 +131,17 @@ def test_a_wrong_id_ends_the_kernel() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: (1, 1, 2)}, "sizes: expected 4 numbers, found 3"),
-        ({1: None}, "out_a: expected a tensor with memory, found None"),
-        ({2: (8, 1, 0, 0, 1)}, "lse_a: expected dtype code 0, found 1"),
-        ({7: (0,)}, r"queue: expected a tuple of a device and a stream \(2 items\), found 1 items"),
-        ({7: (-1, 0)}, "queue: expected a device, found -1"),
+        ({0: torch.zeros(2, 4, dtype=torch.float64)}, "out_a: no kernel reads another dtype"),
+        ({0: torch.zeros(2, 4, dtype=torch.int8)}, r"out_a: no kernel reads int8 \[2, 4\]"),
+        ({0: torch.zeros(())}, "out_a: expected 1 to 4 dimensions"),
+        ({1: torch.zeros(2).half()}, r"lse_a: does not fit out_a float32 \[2, 4\] on cpu, found float16 \[2\]"),
+        ({2: torch.zeros(2, 5)}, r"out_b: does not fit out_a float32 \[2, 4\] on cpu, found float32 \[2, 5\]"),
+        ({0: torch.zeros(4, 4)[::2]}, r"expected memory without gaps, found float32 \[2, 4\]"),
     ],
 )
-def test_bindings_check_what_they_are_given(change: dict, message: str) -> None:
-    out, lse = (8, 0, 0, 0, 4, 1), (8, 0, 0, 0, 1)
-    given: list = [(1, 1, 2, 4), out, lse, out, lse, out, lse, (0, 0)]
+def test_the_op_checks_what_it_is_given(change: dict, message: str) -> None:
+    given = [torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 4), torch.zeros(2)]
     for place, value in change.items():
         given[place] = value
-    assert module is not None
-    with pytest.raises(ValueError, match=message):
-        module.merge_states(*given)
+    assert torch.ops.softprompt_fast.merge_states_cuda(*given) == (None, None)
+    assert re.search(message, module.refusal())

@@ -31,10 +31,12 @@ inline Norm as_norm(pybind11::handle given) {
   return norm;
 }
 
-// One function per op, in <op>_binding.cpp.
+// In <op>_binding.cpp: `implement` gives PyTorch's dispatcher the kernels of an op, `bind` gives
+// Python what is no op, or is called below one.
+void implement_merge_states();
+void implement_prefix_attention();
 void bind_prefix_attention(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
-void bind_merge_states(pybind11::module_& module);
 void bind_prompt_concat(pybind11::module_& module);
 void bind_training(pybind11::module_& module);
 

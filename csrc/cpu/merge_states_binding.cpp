@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The ops softprompt_fast::merge_states_cpu and softprompt_fast::merge_states_backward_cpu.
 #include "../merge_states_arguments.h"
 #include "binding.h"
 #include "dispatch.h"
@@ -7,44 +8,43 @@
 namespace softprompt_fast {
 namespace {
 
-namespace py = pybind11;
-
 template <typename Op>
-void run(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int threads) {
+void run(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {
   constexpr int64_t kRows = 256;  // of one task
   const int64_t rows = rows_of(op);
-  parallel_for((rows + kRows - 1) / kRows, rows * op.v_dim < 1 << 15 ? 1 : threads,
+  parallel_for((rows + kRows - 1) / kRows, rows * op.v_dim < 1 << 15 ? 1 : abi::threads(),
                [&](int64_t task, int) {
                  const int64_t last = (task + 1) * kRows;
                  kernel(op, task * kRows, last < rows ? last : rows);
                });
 }
 
-void merge_states(const py::tuple& sizes, py::handle out_a, py::handle lse_a, py::handle out_b,
-                  py::handle lse_b, py::handle out, py::handle lse, int threads) {
-  const MergeStates op = as_merge_states(sizes, out_a, lse_a, out_b, lse_b, out, lse);
-  check_threads(threads);
-  py::gil_scoped_release release;
-  run(op, kernels().merge_states, threads);
+void forward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesKinds, stack, inputs);
+  abi::NewTensor out(given.tensor(0)), lse(given.tensor(1));
+  run(read_merge_states(given, out.view(), lse.view()), kernels().merge_states);
+  stack[0] = out.release();
+  stack[1] = lse.release();
 }
 
-void merge_states_backward(const py::tuple& sizes, py::handle grad_out, py::handle grad_lse,
-                           py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
-                           py::handle grad_a, py::handle grad_lse_a, py::handle grad_b,
-                           py::handle grad_lse_b, int threads) {
-  const MergeStatesGrad op =
-      as_merge_states_backward(sizes, grad_out, grad_lse, out_a, lse_a, out_b, lse_b, grad_a,
-                               grad_lse_a, grad_b, grad_lse_b);
-  check_threads(threads);
-  py::gil_scoped_release release;
-  run(op, kernels().merge_states_backward, threads);
+void forward_out(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesOutKinds, stack, inputs);
+  run(read_merge_states(given, given.tensor(4), given.tensor(5)), kernels().merge_states);
+  stack[0] = 1;
+}
+
+void backward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesBackwardKinds, stack, inputs);
+  run(read_merge_states_backward(given), kernels().merge_states_backward);
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_merge_states(py::module_& module) {
-  module.def("merge_states", &merge_states);
-  module.def("merge_states_backward", &merge_states_backward);
+void implement_merge_states() {
+  abi::implement("merge_states_cpu", "CPU", &abi::boxed<forward>);
+  abi::implement("merge_states_cpu.out", "CPU", &abi::boxed<forward_out>);
+  abi::implement("merge_states_backward_cpu", "CPU", &abi::boxed<backward>);
 }
 
 }  // namespace softprompt_fast

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "prefix_attention_rows.h"
@@ -19,41 +18,7 @@ constexpr int64_t kMinBlock = 48;   // below, reading the keys once a block woul
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void check_values(const char* name, const Index& index, int64_t size, int64_t low, int64_t high) {
-  if (!index) return;
-  SOFTPROMPT_FAST_CHECK(index.size == size, name, ": expected ", size, " values, found ",
-                        index.size);
-  for (int64_t i = 0; i < size; ++i) {
-    SOFTPROMPT_FAST_CHECK(index[i] >= low && index[i] <= high, name, ": expected values within ",
-                          low, "..", high, ", found ", index[i], " in place ", i);
-  }
-}
-
 }  // namespace
-
-void check_rows(const PrefixAttention& op, const PrefixAttentionRows& rows) {
-  const Index& offsets = rows.prefix_offsets;
-  int64_t prefixes = 1, longest = op.packed;
-  if (offsets) {
-    SOFTPROMPT_FAST_CHECK(offsets.size >= 2, "prefix_offsets: expected 2 values or more, found ",
-                          offsets.size);
-    check_values("prefix_offsets", offsets, offsets.size, 0, op.packed);
-    prefixes = offsets.size - 1;
-    longest = 0;
-    for (int64_t n = 0; n < prefixes; ++n) {
-      const int64_t size = offsets[n + 1] - offsets[n];
-      SOFTPROMPT_FAST_CHECK(size >= 0, "prefix_offsets: expected rising values, found ",
-                            offsets[n + 1], " behind ", offsets[n]);
-      longest = std::max(longest, size);
-    }
-  }
-  check_values("prefix_index", rows.prefix_index, op.batch, -1, prefixes - 1);
-  check_values("own_start", rows.own_start, op.batch, 0, op.own);
-  check_values("own_end", rows.own_end, op.batch, 0, op.own);
-  check_values("query_start", rows.query_start, op.batch, INT64_MIN, INT64_MAX);
-  SOFTPROMPT_FAST_CHECK(!op.bias || op.bias_columns >= longest, "bias: expected at least ", longest,
-                        " columns before the own keys', found ", op.bias_columns);
-}
 
 PrefixAttentionPlan plan_prefix_attention(int64_t stacked, int64_t per_row, int64_t kv_heads,
                                           int64_t keys, int threads) {

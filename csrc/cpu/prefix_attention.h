@@ -74,10 +74,6 @@ struct PrefixAttentionRows {
   Index prefix_offsets, prefix_index, own_start, own_end, query_start;
 };
 
-// Throws std::invalid_argument, with expected and found, unless every index has its length and its
-// values stay inside the pack, the own keys and the bias. query_start may hold anything.
-void check_rows(const PrefixAttention& op, const PrefixAttentionRows& rows);
-
 // Fills in the plan and computes out and lse. All arguments have been checked.
 void run_prefix_attention(PrefixAttention& op, const PrefixAttentionRows& rows, int threads);
 

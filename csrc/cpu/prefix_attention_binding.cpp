@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+// The ops softprompt_fast::prefix_attention_cpu and softprompt_fast::prefix_attention_backward_cpu,
+// and what tests ask of their plans.
+#include "../prefix_attention_arguments.h"
 #include "binding.h"
 #include "dispatch.h"
 #include "prefix_attention_backward.h"
@@ -6,129 +9,154 @@
 namespace softprompt_fast {
 namespace {
 
-namespace py = pybind11;
+using abi::as_tensor;
 
-// What forward and backward have in common.
-PrefixAttention read_call(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
-                          py::handle prefix_value, py::handle out, int64_t lse,
-                          const py::tuple& sizes, double scale, bool causal, int64_t window,
-                          double softcap, int64_t sinks, py::handle bias, int64_t bias_columns,
-                          bool quantized) {
+// What forward and backward have in common. `out` and `lse` are the caller's to set.
+PrefixAttention read_op(const PrefixAttentionCall& call) {
+  SOFTPROMPT_FAST_CHECK(call.query.is_cpu(), "query: expected a tensor on the CPU, found ",
+                        call.query.describe());
   PrefixAttention op = {};
-  int64_t* const size[] = {&op.batch, &op.q_heads, &op.kv_heads, &op.queries,
-                           &op.own,   &op.packed,  &op.head_dim, &op.v_dim};
-  read_sizes(sizes, size);
-  SOFTPROMPT_FAST_CHECK(
-      op.kv_heads > 0 && op.q_heads % op.kv_heads == 0 && op.head_dim > 0,
-      "sizes: expected q_heads a multiple of kv_heads > 0, and head_dim > 0, found ", op.q_heads,
-      ", ", op.kv_heads, ", ", op.head_dim);
-  op.groups = op.q_heads / op.kv_heads;
-  const bool queries = op.batch > 0 && op.q_heads > 0 && op.queries > 0;
-  const bool own = queries && op.own > 0, packed = queries && op.packed > 0, v = op.v_dim > 0;
-  op.query = as_tensor("query", query, 4, queries);
-  op.key = as_tensor("key", key, 4, own);
-  op.value = as_tensor("value", value, 4, own && v);
-  op.prefix_key = as_tensor("prefix_key", prefix_key, 3, packed);
-  op.prefix_value = as_tensor("prefix_value", prefix_value, 3, packed && v);
-  op.out = as_tensor("out", out, 4, queries && v);
-  op.lse = reinterpret_cast<float*>(lse);
-  SOFTPROMPT_FAST_CHECK(op.lse != nullptr || !queries,
-                        "lse: expected memory, found a null pointer");
-  op.scale = static_cast<float>(scale);
-  op.causal = causal;
-  op.window = window > kFar ? kFar : window;
-  SOFTPROMPT_FAST_CHECK(window >= 0, "window: expected 0 (none) or more, found ", window);
-  op.softcap = static_cast<float>(softcap);
-  op.sinks = reinterpret_cast<const float*>(sinks);
-  op.bias = as_tensor("bias", bias, 4, !bias.is_none() && (own || packed));
-  op.bias_columns = bias_columns;
+  op.batch = call.batch;
+  op.q_heads = call.q_heads;
+  op.kv_heads = call.kv_heads;
+  op.groups = call.q_heads / call.kv_heads;
+  op.queries = call.queries;
+  op.own = call.own;
+  op.packed = call.packed;
+  op.head_dim = call.head_dim;
+  op.v_dim = call.v_dim;
+  op.query = as_tensor("query", call.query);
+  op.key = as_tensor("key", call.key);
+  op.value = as_tensor("value", call.value);
+  op.prefix_key = as_tensor("prefix_key", call.prefix_key);
+  op.prefix_value = as_tensor("prefix_value", call.prefix_value);
+  SOFTPROMPT_FAST_CHECK(op.query.dtype < DType::kInt8, "query: no kernel reads ",
+                        call.query.describe());
+  SOFTPROMPT_FAST_CHECK(op.prefix_key.dtype == (call.quantized() ? DType::kInt8 : op.query.dtype),
+                        "prefix_key: expected int8 beside scales, found ",
+                        call.prefix_key.describe());
+  op.scale = static_cast<float>(call.scale);
+  op.softcap = static_cast<float>(call.softcap);
+  op.causal = call.causal;
+  op.window = call.window > kFar ? kFar : call.window;
+  if (call.bias) {
+    op.bias = as_tensor("bias", call.bias);
+    SOFTPROMPT_FAST_CHECK(op.bias.dtype < DType::kInt8, "bias: no kernel reads ",
+                          call.bias.describe());
+    for (int i = 0; i < 3; ++i) {
+      if (call.bias.size[i] == 1) op.bias.stride[i] = 0;
+    }
+    op.bias_columns = call.bias.size[3] - call.own;
+  }
   op.scale_block = 1;
-  const DType dtype = op.query.dtype;
-  check_floating("query", op.query);
-  check_floating("bias", op.bias);
-  check_dtype("key", op.key, dtype);
-  check_dtype("value", op.value, dtype);
-  check_dtype("out", op.out, dtype);
-  check_dtype("prefix_key", op.prefix_key, quantized ? DType::kInt8 : dtype);
-  check_dtype("prefix_value", op.prefix_value, quantized ? DType::kInt8 : dtype);
   return op;
 }
 
-PrefixAttentionRows read_rows(const PrefixAttention& op, const py::tuple& rows) {
-  SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
-  const PrefixAttentionRows indexes = {as_index("prefix_offsets", rows[0]),
-                                       as_index("prefix_index", rows[1]),
-                                       as_index("own_start", rows[2]), as_index("own_end", rows[3]),
-                                       as_index("query_start", rows[4])};
-  check_rows(op, indexes);
-  return indexes;
+PrefixAttentionRows rows_of(const PrefixAttentionCall& call) {
+  call.check_values();
+  return {call.offsets, call.index, call.own_start, call.own_end, call.query_start};
 }
 
-void prefix_attention(py::handle query, py::handle key, py::handle value, py::handle prefix_key,
-                      py::handle prefix_value, py::handle out, int64_t lse, py::tuple sizes,
-                      py::tuple rows, double scale, bool causal, int64_t window, double softcap,
-                      int64_t sinks, py::handle bias, int64_t bias_columns, py::handle scales,
-                      int threads) {
-  PrefixAttention op =
-      read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale, causal, window,
-                softcap, sinks, bias, bias_columns, !scales.is_none());
-  if (!scales.is_none()) {
-    PyObject* given = as_tuple("scales", scales, 4, "two pointers, a stride and a block");
-    const auto number = [&](int i) { return as_number("scales", PyTuple_GET_ITEM(given, i)); };
-    op.prefix_key_scale = reinterpret_cast<const float*>(number(0));
-    op.prefix_value_scale = reinterpret_cast<const float*>(number(1));
-    op.scale_stride = number(2);
-    op.scale_block = number(3);
-    SOFTPROMPT_FAST_CHECK((op.prefix_key_scale && op.prefix_value_scale) || op.packed == 0,
-                          "scales: expected memory of both, found a null pointer");
-    SOFTPROMPT_FAST_CHECK(op.scale_stride >= 0 && op.scale_block > 0,
-                          "scales: expected a stride >= 0 and a block > 0, found ", op.scale_stride,
-                          " and ", op.scale_block);
+float* dense_floats(const char* name, const abi::View& view) {
+  SOFTPROMPT_FAST_CHECK(
+      view.dtype == abi::torch_dtype(DType::kFloat32) && view.is_dense() && view.is_cpu(), name,
+      ": expected dense float32, found ", view.describe());
+  return static_cast<float*>(view.data);
+}
+
+// A result, or what stands for one in the gradient.
+Tensor as_result(const char* name, const abi::View& view, std::initializer_list<int64_t> shape,
+                 DType dtype) {
+  SOFTPROMPT_FAST_CHECK(view.has_shape(shape) && view.is_cpu(), name,
+                        ": does not fit the others, found ", view.describe());
+  const Tensor tensor = as_tensor(name, view);
+  SOFTPROMPT_FAST_CHECK(tensor.dtype == dtype, name, ": expected the dtype of query, found ",
+                        view.describe());
+  return tensor;
+}
+
+void read_results(PrefixAttention& op, const abi::View& out, const abi::View& lse) {
+  op.out = as_result("out", out, {op.batch, op.q_heads, op.queries, op.v_dim}, op.query.dtype);
+  as_result("lse", lse, {op.batch, op.q_heads, op.queries}, DType::kFloat32);
+  op.lse = dense_floats("lse", lse);
+}
+
+void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View& lse) {
+  PrefixAttention op = read_op(call);
+  if (call.sinks) op.sinks = dense_floats("sinks", call.sinks);
+  if (call.quantized()) {
+    op.prefix_key_scale = dense_floats("prefix_key_scale", call.key_scale);
+    op.prefix_value_scale = dense_floats("prefix_value_scale", call.value_scale);
+    op.scale_stride = call.key_scale.size[1];
+    op.scale_block = call.scale_block;
   }
-  check_threads(threads);
-  const PrefixAttentionRows indexes = read_rows(op, rows);
-  py::gil_scoped_release release;
-  run_prefix_attention(op, indexes, threads);
+  read_results(op, out, lse);
+  run_prefix_attention(op, rows_of(call), abi::threads());
 }
 
-void prefix_attention_backward(py::handle query, py::handle key, py::handle value,
-                               py::handle prefix_key, py::handle prefix_value, py::handle out,
-                               int64_t lse, py::tuple sizes, py::tuple rows, double scale,
-                               bool causal, int64_t window, double softcap, int64_t sinks,
-                               py::handle bias, int64_t bias_columns, py::handle grad_out,
-                               int64_t grad_lse, py::tuple grads, int64_t delta, int threads) {
+void forward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(PrefixAttentionCall::kKinds, stack, inputs);
+  const PrefixAttentionCall call(given);
+  PrefixAttentionResults results(call);
+  run(call, results.out.view(), results.lse.view());
+  stack[0] = results.out.release();
+  stack[1] = results.lse.release();
+}
+
+void forward_out(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string(PrefixAttentionCall::kKinds) + "RR";
+  constexpr int kOut = PrefixAttentionCall::kCount;
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  run(PrefixAttentionCall(given), given.tensor(kOut), given.tensor(kOut + 1));
+  stack[0] = 1;
+}
+
+// Arguments: grad_out, grad_lse, those of forward with its results, then the gradients of query,
+// key, value, prefix_key and prefix_value (the last two zeros), and delta, which may be left out.
+void backward(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string("T?T") + PrefixAttentionCall::kKinds + "TTRRRRR?R";
+  constexpr int kFirst = 2, kOut = kFirst + PrefixAttentionCall::kCount, kGrads = kOut + 2;
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  const PrefixAttentionCall call(given, kFirst);
+  SOFTPROMPT_FAST_CHECK(!call.quantized() && !call.sinks,
+                        "prefix: expected no 8-bit numbers, and no sinks beside lse");
   PrefixAttentionBackward op = {};
-  op.forward = read_call(query, key, value, prefix_key, prefix_value, out, lse, sizes, scale,
-                         causal, window, softcap, sinks, bias, bias_columns, false);
-  const PrefixAttention& f = op.forward;
-  const bool queries = f.batch > 0 && f.q_heads > 0 && f.queries > 0;
-  const bool own = queries && f.own > 0, packed = queries && f.packed > 0, v = f.v_dim > 0;
-  op.grad_out = as_tensor("grad_out", grad_out, 4, queries && v);
-  check_threads(threads);
-  op.grad_lse = reinterpret_cast<const float*>(grad_lse);
-  SOFTPROMPT_FAST_CHECK(grads.size() == 5, "grads: expected 5 tensors, found ", grads.size());
-  op.grad_query = as_tensor("grad_query", grads[0], 4, queries);
-  op.grad_key = as_tensor("grad_key", grads[1], 4, own);
-  op.grad_value = as_tensor("grad_value", grads[2], 4, own && v);
-  op.grad_prefix_key = as_tensor("grad_prefix_key", grads[3], 3, packed);
-  op.grad_prefix_value = as_tensor("grad_prefix_value", grads[4], 3, packed && v);
-  check_dtype("grad_out", op.grad_out, f.query.dtype);
-  check_dtype("grad_query", op.grad_query, f.query.dtype);
-  check_dtype("grad_key", op.grad_key, f.query.dtype);
-  check_dtype("grad_value", op.grad_value, f.query.dtype);
-  check_dtype("grad_prefix_key", op.grad_prefix_key, f.query.dtype);
-  check_dtype("grad_prefix_value", op.grad_prefix_value, f.query.dtype);
-  op.delta = reinterpret_cast<float*>(delta);
-  const PrefixAttentionRows indexes = read_rows(op.forward, rows);
-  py::gil_scoped_release release;
-  run_prefix_attention_backward(op, indexes, threads);
+  PrefixAttention& f = op.forward;
+  f = read_op(call);
+  read_results(f, given.tensor(kOut), given.tensor(kOut + 1));
+  const std::initializer_list<int64_t> queries = {f.batch, f.q_heads, f.queries};
+  const DType dtype = f.query.dtype;
+  op.grad_out =
+      as_result("grad_out", given.tensor(0), {f.batch, f.q_heads, f.queries, f.v_dim}, dtype);
+  if (const abi::View grad_lse = given.tensor(1)) {
+    as_result("grad_lse", grad_lse, queries, DType::kFloat32);
+    op.grad_lse = dense_floats("grad_lse", grad_lse);
+  }
+  const auto grad = [&](int i, const char* name, std::initializer_list<int64_t> shape) {
+    return as_result(name, given.tensor(kGrads + i), shape, dtype);
+  };
+  op.grad_query = grad(0, "grad_query", {f.batch, f.q_heads, f.queries, f.head_dim});
+  op.grad_key = grad(1, "grad_key", {f.batch, f.kv_heads, f.own, f.head_dim});
+  op.grad_value = grad(2, "grad_value", {f.batch, f.kv_heads, f.own, f.v_dim});
+  op.grad_prefix_key = grad(3, "grad_prefix_key", {f.kv_heads, f.packed, f.head_dim});
+  op.grad_prefix_value = grad(4, "grad_prefix_value", {f.kv_heads, f.packed, f.v_dim});
+  if (const abi::View delta = given.tensor(kGrads + 5)) {
+    as_result("delta", delta, queries, DType::kFloat32);
+    op.delta = dense_floats("delta", delta);
+  }
+  run_prefix_attention_backward(op, rows_of(call), abi::threads());
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_prefix_attention(py::module_& module) {
-  module.def("prefix_attention", &prefix_attention);
-  module.def("prefix_attention_backward", &prefix_attention_backward);
+void implement_prefix_attention() {
+  abi::implement("prefix_attention_cpu", "CPU", &abi::boxed<forward>);
+  abi::implement("prefix_attention_cpu.out", "CPU", &abi::boxed<forward_out>);
+  abi::implement("prefix_attention_backward_cpu", "CPU", &abi::boxed<backward>);
+}
+
+void bind_prefix_attention(pybind11::module_& module) {
   module.def(
       "plan_prefix_attention",
       [](int64_t stacked, int64_t per_row, int64_t kv_heads, int64_t keys, int threads) {

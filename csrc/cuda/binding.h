@@ -3,10 +3,18 @@
 #pragma once
 
 #include "../arguments.h"
+#include "../torch_abi.h"
 #include "kernels.h"
 
 namespace softprompt_fast {
 namespace cuda {
+
+// Whether the kernels run on the CPU, in emulator.h. tests/cuda_emulated.py says so.
+#if defined(SOFTPROMPT_FAST_EMULATED)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 
 // (device index, cudaStream_t as a number): where a call's tensors lie, and its stream there.
 inline Queue as_queue(pybind11::handle given) {
@@ -17,8 +25,22 @@ inline Queue as_queue(pybind11::handle given) {
           reinterpret_cast<void*>(as_number("queue", PyTuple_GET_ITEM(tuple, 1)))};
 }
 
-// One function per op, in <op>_binding.cpp.
-void bind_merge_states(pybind11::module_& module);
+// The same of a tensor that an op was called with.
+inline Queue queue_of(const abi::View& view) {
+  if (view.is_cpu()) {
+    SOFTPROMPT_FAST_CHECK(kEmulated, "expected tensors on a GPU, found ", view.describe());
+    return {};
+  }
+  return {view.device, abi::stream(view.device)};
+}
+
+// Under what PyTorch's dispatcher knows the tensors that the kernels take.
+constexpr const char* dispatch_key() { return kEmulated ? "CPU" : "CUDA"; }
+
+// In <op>_binding.cpp: `implement` gives PyTorch's dispatcher the kernels of an op, `bind` gives
+// Python what is called below one.
+void implement_merge_states();
+void implement_prefix_attention();
 void bind_prefix_attention(pybind11::module_& module);
 void bind_prompt_concat(pybind11::module_& module);
 void bind_prompt_qkv(pybind11::module_& module);

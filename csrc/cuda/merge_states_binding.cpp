@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The ops softprompt_fast::merge_states_cuda and softprompt_fast::merge_states_backward_cuda.
 #include "../merge_states_arguments.h"
 #include "binding.h"
 
@@ -6,27 +7,33 @@ namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-namespace py = pybind11;
-
-void merge_states(const py::tuple& sizes, py::handle out_a, py::handle lse_a, py::handle out_b,
-                  py::handle lse_b, py::handle out, py::handle lse, py::handle queue) {
-  run_merge_states(as_merge_states(sizes, out_a, lse_a, out_b, lse_b, out, lse), as_queue(queue));
+void forward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesKinds, stack, inputs);
+  abi::NewTensor out(given.tensor(0)), lse(given.tensor(1));
+  run_merge_states(read_merge_states(given, out.view(), lse.view()), queue_of(given.tensor(0)));
+  stack[0] = out.release();
+  stack[1] = lse.release();
 }
 
-void merge_states_backward(const py::tuple& sizes, py::handle grad_out, py::handle grad_lse,
-                           py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
-                           py::handle grad_a, py::handle grad_lse_a, py::handle grad_b,
-                           py::handle grad_lse_b, py::handle queue) {
-  run_merge_states_backward(as_merge_states_backward(sizes, grad_out, grad_lse, out_a, lse_a, out_b,
-                                                     lse_b, grad_a, grad_lse_a, grad_b, grad_lse_b),
-                            as_queue(queue));
+void forward_out(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesOutKinds, stack, inputs);
+  run_merge_states(read_merge_states(given, given.tensor(4), given.tensor(5)),
+                   queue_of(given.tensor(0)));
+  stack[0] = 1;
+}
+
+void backward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kMergeStatesBackwardKinds, stack, inputs);
+  run_merge_states_backward(read_merge_states_backward(given), queue_of(given.tensor(0)));
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_merge_states(py::module_& module) {
-  module.def("merge_states", &merge_states);
-  module.def("merge_states_backward", &merge_states_backward);
+void implement_merge_states() {
+  abi::implement("merge_states_cuda", dispatch_key(), &abi::boxed<forward>);
+  abi::implement("merge_states_cuda.out", dispatch_key(), &abi::boxed<forward_out>);
+  abi::implement("merge_states_backward_cuda", dispatch_key(), &abi::boxed<backward>);
 }
 
 }  // namespace cuda

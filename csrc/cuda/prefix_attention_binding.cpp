@@ -1,39 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
+// The op softprompt_fast::prefix_attention_cuda: a decode step.
+#include <pybind11/stl.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "../prefix_attention_arguments.h"
 #include "binding.h"
 
 namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-namespace py = pybind11;
+using abi::as_tensor;
 
-struct Call {
-  DecodeSizes sizes = {};
-  int64_t head_dim = 0, v_dim = 0;
-};
-
-// (B, Hq, Hkv, S, T, L, D, Dv, N), and whether prefix_offsets and prefix_index were given.
-Call read_call(const py::tuple& given, bool offsets, bool indexed) {
-  Call call;
-  DecodeSizes& s = call.sizes;
-  int64_t* const sizes[] = {&s.batch,  &s.q_heads,     &s.kv_heads, &s.queries, &s.own,
-                            &s.packed, &call.head_dim, &call.v_dim, &s.prefixes};
-  read_sizes(given, sizes);
-  SOFTPROMPT_FAST_CHECK(s.batch > 0 && s.queries > 0 && s.kv_heads > 0 && s.q_heads > 0 &&
-                            s.q_heads % s.kv_heads == 0,
-                        "sizes: expected rows, queries, and q_heads a multiple of kv_heads, found ",
-                        s.batch, ", ", s.queries, ", ", s.q_heads, ", ", s.kv_heads);
-  SOFTPROMPT_FAST_CHECK(call.head_dim > 0 && call.head_dim <= kMostHeadDim && call.v_dim > 0 &&
-                            call.v_dim <= kMostHeadDim,
-                        "sizes: expected heads of 1..", kMostHeadDim, ", found ", call.head_dim,
-                        " and ", call.v_dim);
+DecodeSizes sizes_of(const PrefixAttentionCall& call) {
+  DecodeSizes s = {};
+  s.batch = call.batch;
+  s.q_heads = call.q_heads;
+  s.kv_heads = call.kv_heads;
+  s.queries = call.queries;
+  s.own = call.own;
+  s.packed = call.packed;
+  s.prefixes = call.offsets ? call.offsets.size - 1 : 1;
+  s.offsets = (bool)call.offsets;
+  s.indexed = (bool)call.index;
+  SOFTPROMPT_FAST_CHECK(
+      call.head_dim <= kMostHeadDim && call.v_dim > 0 && call.v_dim <= kMostHeadDim,
+      "query, value: expected heads of 1..", kMostHeadDim, ", found ", call.head_dim, " and ",
+      call.v_dim);
   for (int64_t size : {s.batch * s.q_heads * s.queries, s.own, s.packed}) {
-    SOFTPROMPT_FAST_CHECK(size <= 1 << 29, "sizes: expected at most 2^29 queries and keys, found ",
-                          size);
+    SOFTPROMPT_FAST_CHECK(size <= 1 << 29, "expected at most 2^29 queries and keys, found ", size);
   }
-  s.offsets = offsets;
-  s.indexed = indexed;
-  return call;
+  return s;
 }
 
 // Whether 16 bytes along the last dimension can be copied at once, wherever they begin.
@@ -45,111 +46,130 @@ bool in_chunks(const Tensor& tensor, int64_t dimensions, int64_t size) {
   return fits;
 }
 
-void prefix_attention(const py::tuple& sizes, py::handle query, py::handle key, py::handle value,
-                      py::handle prefix_key, py::handle prefix_value, py::handle out, int64_t lse,
-                      const py::tuple& rows, double scale, bool causal, int64_t window,
-                      double softcap, py::handle sinks, py::handle scales, int64_t workspace,
-                      int64_t counters, py::handle queue_) {
-  SOFTPROMPT_FAST_CHECK(rows.size() == 5, "rows: expected 5 index tensors, found ", rows.size());
-  const Queue queue = as_queue(queue_);
-  PrefixAttentionDecode op = {};
-  op.rows = {as_index("prefix_offsets", rows[0]), as_index("prefix_index", rows[1]),
-             as_index("own_start", rows[2]), as_index("own_end", rows[3]),
-             as_index("query_start", rows[4])};
-  const Call call = read_call(sizes, (bool)op.rows.prefix_offsets, (bool)op.rows.prefix_index);
-  const DecodeSizes& s = call.sizes;
-  SOFTPROMPT_FAST_CHECK(!op.rows.prefix_offsets || op.rows.prefix_offsets.size == s.prefixes + 1,
-                        "prefix_offsets: expected ", s.prefixes + 1, " numbers, found ",
-                        op.rows.prefix_offsets.size);
-  for (const Index& index :
-       {op.rows.prefix_index, op.rows.own_start, op.rows.own_end, op.rows.query_start}) {
-    SOFTPROMPT_FAST_CHECK(!index || index.size == s.batch, "rows: expected ", s.batch,
-                          " numbers, found ", index.size);
-  }
-  op.plan = plan_prefix_attention(s, (int)call.head_dim, (int)call.v_dim, queue.device);
-  op.head_dim = (int)call.head_dim;
-  op.v_dim = (int)call.v_dim;
+// Counters for the calls of one stream, all 0, and left so by every call: two streams may run at
+// once, so each has its own. A capture has others than the stream that it captures, cleared by the
+// graph itself, once: a graph may be replayed on any stream, and beside eager calls.
+struct Counters {
+  uint64_t capture = 0;
+  int64_t count = 0;
+  unsigned* data = nullptr;
+};
+std::mutex counters_mutex;
+std::map<std::tuple<int, void*, bool>, Counters>
+    counters;  // by device, stream, whether it captures
 
-  op.query = as_tensor("query", query, 4, true);
+unsigned* counters_of(const Queue& queue, int64_t count) {
+  const uint64_t capture = capture_of(queue);
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  Counters& found = counters[{queue.device, queue.stream, capture != 0}];
+  if (found.data == nullptr || found.capture != capture || found.count < count) {
+    const int64_t enough = most(count, 1024);
+    found = {capture, enough, new_counters(enough, queue)};
+  }
+  return found.data;
+}
+
+void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View& lse) {
+  SOFTPROMPT_FAST_CHECK(!call.bias, "bias: expected none, found ", call.bias.describe());
+  SOFTPROMPT_FAST_CHECK(out.has_shape({call.batch, call.q_heads, call.queries, call.v_dim}) &&
+                            lse.has_shape({call.batch, call.q_heads, call.queries}) &&
+                            out.dtype == call.query.dtype && out.beside(call.query) &&
+                            lse.dtype == abi::torch_dtype(DType::kFloat32) && lse.is_dense() &&
+                            lse.beside(call.query),
+                        "out, lse: do not fit the others, found ", out.describe(), " and ",
+                        lse.describe());
+  if (kEmulated) call.check_values();
+  const Queue queue = queue_of(call.query);
+  const DecodeSizes s = sizes_of(call);
+  PrefixAttentionDecode op = {};
+  op.query = as_tensor("query", call.query);
   const DType dtype = op.query.dtype;
   SOFTPROMPT_FAST_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16,
-                        "query: expected dtype code 1 or 2, found ", static_cast<int>(dtype));
-  op.key = as_tensor("key", key, 4, s.own > 0);
-  op.value = as_tensor("value", value, 4, s.own > 0);
-  op.prefix_key = as_tensor("prefix_key", prefix_key, 3, s.packed > 0, kFloat8);
-  op.prefix_value = as_tensor("prefix_value", prefix_value, 3, s.packed > 0, kFloat8);
-  op.out = as_tensor("out", out, 4, true);
-  op.lse = reinterpret_cast<float*>(lse);
-  op.sinks = as_tensor("sinks", sinks, 1);
-  const DType stored = scales.is_none() ? dtype : op.prefix_key.dtype;
-  SOFTPROMPT_FAST_CHECK(scales.is_none() || size_of(stored) == 1,
-                        "prefix_key: expected dtype code 3 or 4 beside scales, found ",
-                        static_cast<int>(stored));
-  check_dtype("key", op.key, dtype);
-  check_dtype("value", op.value, dtype);
-  check_dtype("out", op.out, dtype);
-  check_dtype("prefix_key", op.prefix_key, stored);
-  check_dtype("prefix_value", op.prefix_value, stored);
-  check_floating("sinks", op.sinks);
-  op.prefix_key.dtype = stored;  // of no memory too: it chooses the kernel
+                        "query: expected bfloat16 or float16, found ", call.query.describe());
+  op.key = as_tensor("key", call.key);
+  op.value = as_tensor("value", call.value);
+  op.prefix_key = as_tensor("prefix_key", call.prefix_key);
+  op.prefix_value = as_tensor("prefix_value", call.prefix_value);
+  SOFTPROMPT_FAST_CHECK(!call.quantized() || size_of(op.prefix_key.dtype) == 1,
+                        "prefix_key: expected 8 bits beside scales, found ",
+                        call.prefix_key.describe());
+  op.out = as_tensor("out", out);
   SOFTPROMPT_FAST_CHECK(op.out.stride[3] == 1, "out: expected dense features, found a stride of ",
                         op.out.stride[3]);
+  op.lse = static_cast<float*>(lse.data);
+  op.sinks = as_tensor("sinks", call.sinks);
+  SOFTPROMPT_FAST_CHECK(op.sinks.dtype < DType::kInt8, "sinks: no kernel reads ",
+                        call.sinks.describe());
   op.scale_block = 1;
-  if (!scales.is_none()) {
-    PyObject* given = as_tuple("scales", scales, 3, "two tensors and a block");
-    op.prefix_key_scale =
-        as_tensor("prefix_key_scale", PyTuple_GET_ITEM(given, 0), 2, s.packed > 0);
-    op.prefix_value_scale =
-        as_tensor("prefix_value_scale", PyTuple_GET_ITEM(given, 1), 2, s.packed > 0);
-    check_dtype("prefix_key_scale", op.prefix_key_scale, DType::kFloat32);
-    check_dtype("prefix_value_scale", op.prefix_value_scale, DType::kFloat32);
-    const int64_t block = as_number("scales", PyTuple_GET_ITEM(given, 2));
-    SOFTPROMPT_FAST_CHECK(block > 0, "scales: expected a block > 0, found ", block);
-    op.scale_block = static_cast<int>(least(block, INT32_MAX));
+  if (call.quantized()) {
+    op.prefix_key_scale = as_tensor("prefix_key_scale", call.key_scale);
+    op.prefix_value_scale = as_tensor("prefix_value_scale", call.value_scale);
+    op.scale_block = static_cast<int>(least(call.scale_block, INT32_MAX));
   }
+  op.rows = {call.offsets, call.index, call.own_start, call.own_end, call.query_start};
+  op.head_dim = (int)call.head_dim;
+  op.v_dim = (int)call.v_dim;
   op.vector_query = in_chunks(op.query, 4, op.head_dim);
   op.vector_own = in_chunks(op.key, 4, op.head_dim) && in_chunks(op.value, 4, op.v_dim);
   op.vector_prefix =
       in_chunks(op.prefix_key, 3, op.head_dim) && in_chunks(op.prefix_value, 3, op.v_dim);
+  op.scale = static_cast<float>(call.scale);
+  op.softcap = static_cast<float>(call.softcap);
+  op.causal = call.causal;
+  op.window = static_cast<int>(least(call.window, 2 * kFarthest));
+  if (lse.numel() == 0) return;
 
-  op.scale = static_cast<float>(scale);
-  op.softcap = static_cast<float>(softcap);
-  op.causal = causal;
-  SOFTPROMPT_FAST_CHECK(window >= 0, "window: expected 0 (none) or more, found ", window);
-  op.window = static_cast<int>(least(window, 2 * kFarthest));
-  op.states = reinterpret_cast<float*>(workspace);
-  op.state_lse = op.states + op.plan.states() * padded_head_dim(most(op.head_dim, op.v_dim));
-  op.counters = reinterpret_cast<unsigned*>(counters);
-  SOFTPROMPT_FAST_CHECK(workspace && counters && workspace % 16 == 0 && op.lse,
-                        "workspace: expected memory at multiples of 16 bytes, found ", workspace);
+  op.plan = plan_prefix_attention(s, op.head_dim, op.v_dim, queue.device);
+  const int64_t padded = padded_head_dim(most(op.head_dim, op.v_dim));
+  const int64_t states = op.plan.states() * padded;
+  // PyTorch's allocator keeps it for what the stream does next, the kernel first.
+  const abi::NewTensor workspace(call.query, abi::torch_dtype(DType::kFloat32),
+                                 {states + op.plan.states()}, {1});
+  op.states = static_cast<float*>(workspace.view().data);
+  op.state_lse = op.states + states;
+  op.counters = counters_of(queue, op.plan.units());
   run_prefix_attention(op, queue);
+}
+
+void forward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(PrefixAttentionCall::kKinds, stack, inputs);
+  const PrefixAttentionCall call(given);
+  // As heuristics.stack_queries has it: prefill is Triton's.
+  SOFTPROMPT_FAST_CHECK(call.queries <= 1 || call.queries * (call.q_heads / call.kv_heads) <= 64,
+                        "query: expected few queries a row, found ", call.query.describe());
+  PrefixAttentionResults results(call);
+  run(call, results.out.view(), results.lse.view());
+  stack[0] = results.out.release();
+  stack[1] = results.lse.release();
+}
+
+void forward_out(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string(PrefixAttentionCall::kKinds) + "RR";
+  constexpr int kOut = PrefixAttentionCall::kCount;
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  run(PrefixAttentionCall(given), given.tensor(kOut), given.tensor(kOut + 1));
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_prefix_attention(py::module_& module) {
-  module.def("prefix_attention", &prefix_attention);
-  module.def(
-      "prefix_attention_workspace",
-      [](const py::tuple& sizes, bool offsets, bool indexed, int device) {
-        const Call call = read_call(sizes, offsets, indexed);
-        const DecodePlan plan =
-            plan_prefix_attention(call.sizes, (int)call.head_dim, (int)call.v_dim, device);
-        return std::make_pair(
-            plan.states() * (padded_head_dim(most(call.head_dim, call.v_dim)) + 1), plan.units());
-      },
-      "Floats of the workspace that a call needs, and counters, which have to be 0.");
-  module.def(
-      "capture", [](py::handle queue) { return capture_of(as_queue(queue)); },
-      "A number for the capture that a stream takes part in; 0: none.");
+void implement_prefix_attention() {
+  abi::implement("prefix_attention_cuda", dispatch_key(), &abi::boxed<forward>);
+  abi::implement("prefix_attention_cuda.out", dispatch_key(), &abi::boxed<forward_out>);
+}
+
+void bind_prefix_attention(pybind11::module_& module) {
   module.def(
       "counters",
-      [](int64_t count, py::handle queue) {
-        SOFTPROMPT_FAST_CHECK(count > 0 && count <= 1 << 29, "counters: expected 1..2^29, found ",
-                              count);
-        return reinterpret_cast<int64_t>(new_counters(count, as_queue(queue)));
+      [] {
+        const std::lock_guard<std::mutex> lock(counters_mutex);
+        std::vector<std::pair<int64_t, int64_t>> found;
+        for (const auto& [queue, one] : counters) {
+          found.emplace_back(reinterpret_cast<int64_t>(one.data), one.count);
+        }
+        return found;
       },
-      "The address of new counters, which the stream clears next and nobody frees.");
+      "Address and number of the counters of every stream so far, which calls leave at 0.");
 }
 
 }  // namespace cuda

@@ -24,7 +24,19 @@ PYBIND11_MODULE(_cuda, m) {
                                                   {"architectures", SOFTPROMPT_FAST_CUDA_ARCHS}};
       },
       "Version and the architectures that the kernels were built for, as strings.");
-  softprompt_fast::cuda::bind_merge_states(m);
+  m.def(
+      "refusal", [] { return softprompt_fast::abi::refusal(); },
+      "Why the last op called in this thread that did not serve its call did not.");
+  m.def(
+      "implement_ops",
+      [](const std::string& folder) {
+        softprompt_fast::abi::load(folder);
+        softprompt_fast::cuda::implement_merge_states();
+        softprompt_fast::cuda::implement_prefix_attention();
+      },
+      pybind11::arg("folder"),
+      "Give PyTorch, whose libraries lie in a folder, the kernels of the ops "
+      "softprompt_fast::*_cuda. Once. RuntimeError: this PyTorch lacks what that takes.");
   softprompt_fast::cuda::bind_prefix_attention(m);
   softprompt_fast::cuda::bind_prompt_concat(m);
   softprompt_fast::cuda::bind_prompt_qkv(m);

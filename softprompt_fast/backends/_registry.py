@@ -89,6 +89,30 @@ class Backends:
         shapes = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for t in tensors)
         raise BackendError("\n".join([*lines, f"  called with {', '.join(shapes)}"]))
 
+    def direct(self, backend: str | None, *args: Any) -> Any:
+        """What the C++ op (``NATIVE`` in its module, see `native_ops`) of the backend that is asked for, or that
+        ``"auto"`` prefers, gives for a call. None where there is none, or it refuses: :meth:`select` then says why, or
+        finds another.
+
+        Also None where a call has to be seen whole: a gradient is wanted, something traces, or results are to come
+        from ``torch.empty``, which fills them.
+        """
+        if torch.compiler.is_compiling() or torch._C._get_deterministic_algorithms():
+            return None
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            return None
+        name = requested(backend)
+        if name == "auto":
+            name = heuristics.backend_order(args[0].device.type)[0]
+        op = getattr(self.modules.get(name), "NATIVE", None)
+        if op is None:
+            return None
+        try:
+            results = op(*args)
+        except RuntimeError:  # no tensors of this kind, or no such argument: not the op's words, but the dispatcher's
+            return None
+        return None if results[0] is None else results
+
     def _tell_once(self, chosen: str, refused: dict[str, list[str]]) -> None:
         """Log that a backend which is here would not take a call. What is merely not installed is no news."""
         why = "; ".join(f"{name}: {', '.join(rs)}" for name, rs in refused.items() if name in self.modules)

@@ -42,6 +42,9 @@ def merge_states(
         ValueError: shapes, dtypes or devices do not fit each other.
         BackendError: the backend asked for cannot serve this call.
     """
+    direct = BACKENDS.direct(backend, out_a, lse_a, out_b, lse_b)
+    if direct is not None:
+        return direct
     if out_a.shape != out_b.shape:
         raise ValueError(f"out_b: expected the shape of out_a, {list(out_a.shape)}, found {list(out_b.shape)}")
     if out_a.dtype != out_b.dtype or not out_a.is_floating_point():

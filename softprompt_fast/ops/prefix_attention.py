@@ -110,6 +110,31 @@ def prefix_attention(  # type: ignore[misc]
             and own_end are checked on the CPU only: elsewhere reading them would wait for the device.
         BackendError: the backend asked for cannot serve this call.
     """
+    direct = BACKENDS.direct(
+        backend,
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_offsets,
+        prefix_index,
+        own_start,
+        own_end,
+        query_start,
+        scale,
+        causal,
+        sliding_window,
+        softcap,
+        sinks,
+        bias,
+        prefix_key_scale,
+        prefix_value_scale,
+        prefix_scale_block,
+        max_prefix_length,
+    )
+    if direct is not None:
+        return direct if return_lse else direct[0]
     quantized = _is_quantized(prefix_key_scale, prefix_value_scale, prefix_scale_block)
     _check(query, key, value, prefix_key, prefix_value, quantized)
     if quantized:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import native
+from softprompt_fast.backends import native, native_ops
 
 #: Codes of ``csrc/cpu/kernels.h``.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -19,6 +19,7 @@ def extension() -> Any:
     module, reason = native.load()
     if module is None:
         raise ImportError(f"C++ extension: {reason}")
+    native_ops.implement(module)
     return module
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import native
+from softprompt_fast.backends import native, native_ops
 
 #: Codes of ``csrc/tensor.h``.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
@@ -24,6 +24,7 @@ def _extension() -> Any:
     module, reason = native.load_cuda()
     if module is None:  # the registry shows this as the reason
         raise ImportError(f"CUDA kernels: {reason}")
+    native_ops.implement(module)
     return module
 
 

@@ -8,24 +8,20 @@ queries a row, float32, a bias, and gradients.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import heuristics
+from softprompt_fast.backends import heuristics, native_ops
 from softprompt_fast.backends.cuda import _runtime
-from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.native_ops import prefix_attention_results as results
 from softprompt_fast.backends.triton import prefix_attention as triton
-from softprompt_fast.backends.triton._runtime import dense
 
-_cuda = _runtime._cuda
 DTYPES = (torch.bfloat16, torch.float16)
 
-# Counters of a device's stream and of the captures on it, which capture, where and how many: every call leaves them at
-# 0 for the next.
-_counters: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
+NATIVE = native_ops.op("prefix_attention", "cuda", results)
+_OUT = native_ops.op("prefix_attention.out", "cuda")
 
 
 def reasons(*args: Any) -> list[str]:
@@ -65,73 +61,25 @@ def forward(
     prefix_scale_block: int | None = None,
     max_prefix_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    batch, q_heads, queries, head_dim = query.shape
-    kv_heads, own, v_dim = value.shape[1:]
+    q_heads, queries = query.shape[1:3]
+    kv_heads, _, v_dim = value.shape[1:]
     tensors = (query, key, value, prefix_key, prefix_value)
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
     if not takes(queries, q_heads // kv_heads, v_dim, query.dtype, bias is not None):
         options = (scale, causal, sliding_window, softcap, sinks, bias)
         quantized = (prefix_key_scale, prefix_value_scale, prefix_scale_block)
         return triton.forward(*tensors, *rows, *options, *quantized, max_prefix_length)
-    out = query.new_empty(batch, queries, q_heads, v_dim).transpose(1, 2)
-    lse = query.new_empty(batch, q_heads, queries, dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
-    prefixes = 1 if prefix_offsets is None else prefix_offsets.shape[0] - 1
-    sizes = (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim, prefixes)
-    queue = _runtime.queue(query)
-    floats, units = _workspace(sizes, prefix_offsets is not None, prefix_index is not None, queue[0])
-    workspace = query.new_empty(floats, dtype=torch.float32)
-    scales = None
-    if prefix_key_scale is not None and prefix_value_scale is not None:
-        scales = (view(prefix_key_scale, 2), view(prefix_value_scale, 2), prefix_scale_block)
-    indices = dense(*rows)
-    _cuda.prefix_attention(
-        sizes,
-        view(query, 4),
-        view(key, 4),
-        view(value, 4),
-        view(prefix_key, 3),
-        view(prefix_value, 3),
-        view(out, 4),
-        lse.data_ptr(),
-        tuple(map(indexes, indices)),
-        scale,
-        causal,
-        sliding_window or 0,
-        softcap or 0.0,
-        None if sinks is None else view(sinks, 1),
-        scales,
-        workspace.data_ptr(),
-        _counters_of(queue, units),
-        queue,
+    out, lse = results(query, key, value)
+    done = _OUT(
+        *(*tensors, *_runtime.dense(*rows), scale, causal, sliding_window, softcap, sinks, bias),
+        *(prefix_key_scale, prefix_value_scale, prefix_scale_block, max_prefix_length),
+        out=out,
+        lse=lse,
     )
+    native_ops.served(_runtime._cuda, done)
     return out, lse
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Arguments: grad_out, grad_lse, those of the op up to bias, out, lse."""
     return triton.backward(*args)
-
-
-@lru_cache(maxsize=4096)
-def _workspace(sizes: tuple[int, ...], offsets: bool, indexed: bool, device: int) -> tuple[int, int]:
-    """Floats and counters of a call, which follow from sizes alone."""
-    return _cuda.prefix_attention_workspace(sizes, offsets, indexed, device)
-
-
-def _counters_of(queue: tuple[int, int], count: int) -> int:
-    """The address of counters for the calls of one stream, all 0: two streams may run at once, so each has its own.
-
-    A capture has others than the stream that it captures, cleared by the graph itself, once: a graph may be replayed
-    on any stream, and beside eager calls. They are never freed, for nobody says when a graph ends, and they don't come
-    from PyTorch: ``torch.compile`` with graphs raises where anything but results stays in its pool.
-    """
-    capture = _cuda.capture(queue)
-    key = (*queue, capture != 0)
-    found = _counters.get(key)
-    if found is None or found[0] != capture or found[2] < count:
-        count = max(count, 1024)
-        found = (capture, _cuda.counters(count, queue), count)
-        _counters[key] = found
-    return found[1]
