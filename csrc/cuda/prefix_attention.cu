@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <stdlib.h>
+
 #include "kernels.h"
 #include "launch.h"
+#include "prefix_attention_decode.cuh"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -14,39 +17,68 @@ extern template void launch_prefix_attention<256>(const PrefixAttentionDecode&, 
 
 namespace {
 
+static_assert(sizeof(DecodeShared<128>) <= kSharedEverywhere, "heads up to 128 fit every GPU");
+
+// Calls body(std::integral_constant<int, the head dimension of the kernel>()).
+template <typename Body>
+auto with_head_dim(int64_t head_dim, Body body) {
+  switch (padded_head_dim(head_dim)) {
+    case 64:
+      return body(std::integral_constant<int, 64>());
+    case 96:
+      return body(std::integral_constant<int, 96>());
+    case 128:
+      return body(std::integral_constant<int, 128>());
+    default:
+      return body(std::integral_constant<int, kMostHeadDim>());
+  }
+}
+
 // Blocks that run at a time on a multiprocessor: what __launch_bounds__ asks for, where the shared
-// memory of two blocks is there.
+// memory of two blocks is there, and the 1 KB that the device adds to each.
 int resident(int head_dim, int device) {
-#if defined(__CUDACC__)
-  const int block = 2 * (decode_tile(head_dim) + 4 * kDecodeKeys) * head_dim + (5 << 10);
-  const int whole = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return processors(device) * (head_dim <= 128 && 2 * block <= whole ? 2 : 1);
-#else
-  return 2 * processors(device) + 0 * head_dim;
-#endif
+  const int64_t block = shared_of_prefix_attention(head_dim, head_dim) + (1 << 10);
+  const bool two = head_dim <= 128 && 2 * block <= shared_of_processor(device);
+  return processors(device) * (two ? 2 : 1);
+}
+
+// SOFTPROMPT_FAST_CUDA_TILE, for measurements: 16 to 128 stacked queries a large tile. Read once,
+// for plans are kept by whoever asked for their workspace.
+int wanted_tile() {
+  static const int tile = [] {
+    const char* given = getenv("SOFTPROMPT_FAST_CUDA_TILE");
+    const int found = given == nullptr ? decode_tile(kSmallTile) : atoi(given);
+    if (found < kSmallTile || found % kSmallTile != 0 || found > decode_tile(kSmallTile)) {
+      throw std::invalid_argument(concat("SOFTPROMPT_FAST_CUDA_TILE: expected a multiple of ",
+                                         kSmallTile, " up to ", decode_tile(kSmallTile), ", found ",
+                                         given));
+    }
+    return found;
+  }();
+  return tile;
 }
 
 }  // namespace
 
+int64_t shared_of_device(int device) { return shared_of_block(device); }
+
+int64_t shared_of_prefix_attention(int head_dim, int v_dim) {
+  return with_head_dim(most(head_dim, v_dim),
+                       [](auto dim) { return (int64_t)sizeof(DecodeShared<dim()>); });
+}
+
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device) {
   const int padded = padded_head_dim(most(head_dim, v_dim));
-  return plan_decode(sizes, decode_tile(padded), resident(padded, device), 4 * (padded + 1));
+  const int tile = (int)least(decode_tile(padded), wanted_tile());
+  return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1));
 }
 
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue) {
   if (op.plan.blocks() > INT32_MAX) {
     throw std::invalid_argument(concat("expected fewer rows, found ", op.plan.batch));
   }
-  switch (padded_head_dim(most(op.head_dim, op.v_dim))) {
-    case 64:
-      return launch_prefix_attention<64>(op, queue);
-    case 96:
-      return launch_prefix_attention<96>(op, queue);
-    case 128:
-      return launch_prefix_attention<128>(op, queue);
-    default:
-      return launch_prefix_attention<256>(op, queue);
-  }
+  with_head_dim(most(op.head_dim, op.v_dim),
+                [&](auto dim) { launch_prefix_attention<dim()>(op, queue); });
 }
 
 uint64_t capture_of(const Queue& queue) {

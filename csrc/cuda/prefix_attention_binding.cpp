@@ -12,12 +12,13 @@ struct Call {
   int64_t head_dim = 0, v_dim = 0;
 };
 
-// (B, Hq, Hkv, S, T, L, D, Dv, N), and whether prefix_offsets and prefix_index were given.
+// (B, Hq, Hkv, S, T, L, D, Dv, N, longest prefix), and whether prefix_offsets and prefix_index were
+// given.
 Call read_call(const py::tuple& given, bool offsets, bool indexed) {
   Call call;
   DecodeSizes& s = call.sizes;
-  int64_t* const sizes[] = {&s.batch,  &s.q_heads,     &s.kv_heads, &s.queries, &s.own,
-                            &s.packed, &call.head_dim, &call.v_dim, &s.prefixes};
+  int64_t* const sizes[] = {&s.batch,  &s.q_heads,     &s.kv_heads, &s.queries,  &s.own,
+                            &s.packed, &call.head_dim, &call.v_dim, &s.prefixes, &s.longest};
   read_sizes(given, sizes);
   SOFTPROMPT_FAST_CHECK(s.batch > 0 && s.queries > 0 && s.kv_heads > 0 && s.q_heads > 0 &&
                             s.q_heads % s.kv_heads == 0,
@@ -139,6 +140,10 @@ void bind_prefix_attention(py::module_& module) {
             plan.states() * (padded_head_dim(most(call.head_dim, call.v_dim)) + 1), plan.units());
       },
       "Floats of the workspace that a call needs, and counters, which have to be 0.");
+  module.def("shared_of_device", &shared_of_device,
+             "Bytes of shared memory that a block may have on a device.");
+  module.def("shared_of_prefix_attention", &shared_of_prefix_attention,
+             "Bytes of shared memory that a block of prefix_attention takes.");
   module.def(
       "capture", [](py::handle queue) { return capture_of(as_queue(queue)); },
       "A number for the capture that a stream takes part in; 0: none.");

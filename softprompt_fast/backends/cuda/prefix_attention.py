@@ -8,7 +8,7 @@ queries a row, float32, a bias, and gradients.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -35,12 +35,21 @@ def reasons(*args: Any) -> list[str]:
     return _runtime.refusals(*given) or triton.reasons(*args)
 
 
-def takes(queries: int, groups: int, v_dim: int, dtype: torch.dtype, biased: bool) -> bool:
-    """Whether the CUDA kernel takes a call of rows of `queries` queries and `groups` query heads a key/value head.
+def takes(
+    queries: int, groups: int, head_dim: int, v_dim: int, dtype: torch.dtype, biased: bool, shared_bytes: int
+) -> bool:
+    """Whether the CUDA kernel takes a call of rows of `queries` queries and `groups` query heads a key/value head, on
+    a device whose blocks have up to `shared_bytes` of shared memory.
 
-    Example: decode steps in bfloat16 or float16 and without a bias, and 16 queries a row of 4 grouped heads.
+    Example: decode steps in bfloat16 or float16 and without a bias, and 16 queries a row of 4 grouped heads; heads up
+    to 128 with 99 KB (compute capability 8.6, 8.9), up to 256 with 163 KB (8.0) and more.
     """
-    return heuristics.stack_queries(queries, groups) and v_dim > 0 and dtype in DTYPES and not biased
+    if not (heuristics.stack_queries(queries, groups) and v_dim > 0 and dtype in DTYPES and not biased):
+        return False
+    return _shared_bytes(head_dim, v_dim) <= shared_bytes
+
+
+_shared_bytes = cache(_cuda.shared_of_prefix_attention)
 
 
 def forward(
@@ -69,7 +78,8 @@ def forward(
     kv_heads, own, v_dim = value.shape[1:]
     tensors = (query, key, value, prefix_key, prefix_value)
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
-    if not takes(queries, q_heads // kv_heads, v_dim, query.dtype, bias is not None):
+    shared = _runtime.shared_bytes(query.get_device())
+    if not takes(queries, q_heads // kv_heads, head_dim, v_dim, query.dtype, bias is not None, shared):
         options = (scale, causal, sliding_window, softcap, sinks, bias)
         quantized = (prefix_key_scale, prefix_value_scale, prefix_scale_block)
         return triton.forward(*tensors, *rows, *options, *quantized, max_prefix_length)
@@ -78,7 +88,9 @@ def forward(
     if lse.numel() == 0:
         return out, lse
     prefixes = 1 if prefix_offsets is None else prefix_offsets.shape[0] - 1
-    sizes = (batch, q_heads, kv_heads, queries, own, prefix_key.shape[1], head_dim, v_dim, prefixes)
+    packed = prefix_key.shape[1]
+    longest = packed if max_prefix_length is None else max_prefix_length
+    sizes = (batch, q_heads, kv_heads, queries, own, packed, head_dim, v_dim, prefixes, longest)
     queue = _runtime.queue(query)
     floats, units = _workspace(sizes, prefix_offsets is not None, prefix_index is not None, queue[0])
     workspace = query.new_empty(floats, dtype=torch.float32)
