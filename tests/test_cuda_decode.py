@@ -275,5 +275,5 @@ def test_plans(tmp_path: Path) -> None:
     command = [*(cuda_emulated.compiler() or []), *cuda_emulated.FLAGS, source, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program), "20000", "1"], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([str(program), "1000000", "1"], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
