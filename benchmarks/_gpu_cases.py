@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -213,6 +214,18 @@ def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
     for batch in (1, 4):
         case = decode_case(Sizes(batch, 1, 8, 9, 4, 2, 16) if smoke else Sizes(batch, 1, 64, 128), device)
         case.bars = [Bar("x of SDPA, expanded", lambda row: row.speedup(*SDPA), at_least=1.1)]
+        yield case
+
+
+def tiles(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """The CUDA kernel with another tile than the one that it would choose, which a process reads once."""
+    tile = os.environ.get("SOFTPROMPT_FAST_CUDA_TILE", "128")
+    for prefix in (256, 1024, 8192):
+        s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
+        case = decode_case(s, device)
+        case.name = f"decode {s}, tiles of {tile}"
+        case.systems = {name: case.systems[name] for name in ("ours", "Triton")}
+        case.bars = [Bar("times its floor", over_floor, at_most=1.25)]
         yield case
 
 
@@ -647,13 +660,13 @@ def generate_case(name: str, batch: int, virtual: int, own: int, new: int, devic
     vocabulary = base.get_input_embeddings().num_embeddings
     values = prompt_values(base, virtual, 0)
     model = SoftPromptModel(base, backend=asked).eval()
-    model.add_prompt("p", make_prompt(base, values))
-    peers = generation_peers(untouched, model.compile_prompt("p"), new)
-    peft = make_peft(untouched, {"p": values.to(DTYPE)})  # which wraps the base and leaves it as it is
+    model.add_prompt("shared", make_prompt(base, values))
+    peers = generation_peers(untouched, model.compile_prompt("shared"), new)
+    peft = make_peft(untouched, {"shared": values.to(DTYPE)})  # which wraps the base and leaves it as it is
     ones = torch.ones(batch, own, dtype=torch.long, device=device)
     greedy: dict[str, Any] = {"attention_mask": ones, "max_new_tokens": new, "do_sample": False}
     systems: dict[str, Callable[[Tensor], Any]] = {
-        "ours": lambda ids: model.generate(ids, prompt="p", cache_implementation="static", **greedy),
+        "ours": lambda ids: model.generate(ids, prompt="shared", cache_implementation="static", **greedy),
         "PEFT": lambda ids: peft.generate(input_ids=ids, **greedy),
         "transformers, static, compiled": lambda ids: peers["static-compiled"](ids)[0],
         "transformers, expanded": lambda ids: peers["expanded"](ids)[0],
@@ -717,6 +730,7 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "prefill": prefill,
     "decode": decode,
     "prompts": prompts,
+    "tiles": tiles,
     "backward": backward,
     "prompt_concat": prompt_concat,
     "prompt_qkv": prompt_qkv,

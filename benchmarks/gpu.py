@@ -66,9 +66,10 @@ class Tests:
 
 @dataclass(frozen=True)
 class Rows:
-    """A stage of benchmarks, by their groups."""
+    """A stage of benchmarks, by their groups, and its environment."""
 
     groups: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 #: First the kernels that have never run on a GPU, then the rows of the tables, then what takes long.
@@ -76,7 +77,8 @@ STAGES: dict[str, Tests | Rows | None] = {
     "build": None,
     "CUDA-kernels": Tests(KERNEL_FILES, 60.0),
     "rows": Rows(("decode", "prompts", "prompt_qkv", "prompt_concat", "merge_states", "prefill", "backward")),
-    "ops": Tests(OP_FILES, 75.0),
+    "tiles": Rows(("tiles",), {"SOFTPROMPT_FAST_CUDA_TILE": "64"}),
+    "ops": Tests(OP_FILES, 70.0),
     "models": Tests(MODEL_FILES, 50.0),
     "models-on-CUDA": Tests([*MODEL_FILES, *MORE_MODEL_FILES], 50.0, {"SOFTPROMPT_FAST_BACKEND": "cuda"}),
     "whole": Rows(("generate", "models", "training")),
@@ -108,6 +110,7 @@ CPU_FILES = {
 GROUPS = {
     "decode": 60.0,
     "prompts": 20.0,
+    "tiles": 15.0,
     "prompt_qkv": 30.0,
     "prompt_concat": 15.0,
     "merge_states": 8.0,
@@ -344,12 +347,13 @@ def shown_row(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_benchmarks(groups: list[str], out: Path, args: argparse.Namespace) -> dict[str, str]:
+def run_benchmarks(rows: Rows, out: Path, args: argparse.Namespace) -> dict[str, str]:
     """Group -> how it ended. A process that dies or hangs takes the system with it that it was at: another one goes on
     without that."""
     ended: dict[str, str] = {}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))}
-    environment |= {"HF_HUB_OFFLINE": "1"}
+    groups = [*rows.groups]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **rows.environment}
     (out / STATE).unlink(missing_ok=True)
     deaths: dict[str, int] = {}
     while groups and left() > 20:
@@ -476,7 +480,7 @@ def main() -> int:
         (out / name).unlink(missing_ok=True)
     build, tests, ended = "not built", list[dict[str, Any]](), dict[str, str]()
     if args.only:
-        ended = run_benchmarks(args.only, out, args)
+        ended = run_benchmarks(Rows(tuple(args.only)), out, args)
         return 0 if report(out, tests, ended, build) else 1
     for name, reason in not_run().items():
         print(f"not run on a GPU: {name}: {reason}")
@@ -492,7 +496,7 @@ def main() -> int:
         elif isinstance(stage, Tests):
             tests.append(run_tests(name, stage, min(stage.budget, left()), out, args))
         elif isinstance(stage, Rows):
-            ended |= run_benchmarks([*stage.groups], out, args)
+            ended |= run_benchmarks(stage, out, args)
         (out / "gpu-tests.json").write_text(json.dumps({"stages": tests}, indent=1) + "\n", encoding="utf-8")
     log = out / "gpu-tests.txt"
     if log.is_file() and log.stat().st_size > LOG:
