@@ -217,13 +217,16 @@ def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
         yield case
 
 
-def tiles(device: torch.device, smoke: bool) -> Iterator[Case]:
-    """The CUDA kernel with another tile than the one that it would choose, which a process reads once."""
-    tile = os.environ.get("SOFTPROMPT_FAST_CUDA_TILE", "128")
+SETTINGS = {"SOFTPROMPT_FAST_CUDA_TILE": "tiles of", "SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "prefix blocks"}
+
+
+def settings(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """The CUDA kernel with other choices than its own, which a process reads once from its environment."""
+    chosen = [f"{what} {os.environ[name]}" for name, what in SETTINGS.items() if name in os.environ]
     for prefix in (256, 1024, 8192):
         s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
         case = decode_case(s, device)
-        case.name = f"decode {s}, tiles of {tile}"
+        case.name = ", ".join((f"decode {s}", *chosen))
         case.systems = {name: case.systems[name] for name in ("ours", "Triton")}
         case.bars = [Bar("times its floor", over_floor, at_most=1.25)]
         yield case
@@ -232,7 +235,7 @@ def tiles(device: torch.device, smoke: bool) -> Iterator[Case]:
 def decode_case(s: Sizes, device: torch.device) -> Case:
     """One query a row behind one prefix: ours, Triton's, and PyTorch's over the expanded cache."""
     asked = decode_backend()
-    reference, compare = exact_rows(s)
+    reference, compare = exact_rows(s, rows=16)
     systems = {
         "ours": System(lambda x: ops.prefix_attention(*x, backend=asked)),
         "Triton": System(lambda x: ops.prefix_attention(*x, backend="triton")),
@@ -730,7 +733,7 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "prefill": prefill,
     "decode": decode,
     "prompts": prompts,
-    "tiles": tiles,
+    "settings": settings,
     "backward": backward,
     "prompt_concat": prompt_concat,
     "prompt_qkv": prompt_qkv,

@@ -69,21 +69,31 @@ def test_larger(name: str, head_dim: int) -> None:
     check(run(inputs), inputs.to(torch.float64), inputs)
 
 
-@pytest.mark.parametrize("tile", ["64", "16"])
-def test_smaller_tiles(tile: str) -> None:
-    """What a GPU's measurements may choose: read once, so in a process of its own."""
+@pytest.mark.parametrize(("name", "value"), [("TILE", "64"), ("TILE", "16"), ("PREFIX_BLOCKS", "7")])
+def test_settings_of_measurements(name: str, value: str) -> None:
+    """What a GPU may turn out to do better with: read once, so in a process of its own."""
     named = f"{Path(__file__).name}::test_larger"
     code = f"import pytest; raise SystemExit(pytest.main(['tests/{named}', '-q', '-n', '0', '-k', '64']))"
-    done = python(code, SOFTPROMPT_FAST_CUDA_TILE=tile)
+    done = python(code, **{f"SOFTPROMPT_FAST_CUDA_{name}": value})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_tile_that_no_kernel_has() -> None:
+def test_settings_that_no_kernel_has() -> None:
     code = "import tests.conftest, softprompt_fast.backends.cuda.prefix_attention as cuda\n"
     code += "cuda._workspace((2, 4, 2, 1, 9, 30, 16, 16, 1, 30), False, False, 0)"
     for tile in ("24", "256", "many"):
         done = python(code, SOFTPROMPT_FAST_CUDA_TILE=tile)
-        assert f"expected a multiple of 16 up to 128, found {tile}" in done.stderr
+        assert f"CUDA_TILE: expected a multiple of 16 up to 128, found {tile}" in done.stderr
+    done = python(code, SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS="0")
+    assert "CUDA_PREFIX_BLOCKS: expected a multiple of 1 up to" in done.stderr
+
+
+def test_prefix_blocks_decide_how_many_shares_there_are() -> None:
+    """Of a prefix of 900 entries beside 16 own items, which fill the emulated device."""
+    code = "import tests.conftest, softprompt_fast.backends.cuda.prefix_attention as cuda\n"
+    code += "print(cuda._workspace((16, 1, 1, 1, 9, 900, 16, 16, 1, 900), False, False, 0)[0])"
+    few, many = (int(python(code, SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS=n).stdout) for n in ("1", "4"))
+    assert few * 5 == many * 2  # slots: own keys, and 1 or 4 shares
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

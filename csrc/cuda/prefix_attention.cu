@@ -42,20 +42,30 @@ int resident(int head_dim, int device) {
   return processors(device) * (two ? 2 : 1);
 }
 
-// SOFTPROMPT_FAST_CUDA_TILE, for measurements: 16 to 128 stacked queries a large tile. Read once,
-// for plans are kept by whoever asked for their workspace.
+// A number that measurements set by an environment variable: a multiple of `step` up to `most`, and
+// `standard` where it is not set. Read once, for plans are kept by whoever asked for their
+// workspace.
+int setting(const char* name, int standard, int step, int most) {
+  const char* given = getenv(name);
+  const int found = given == nullptr ? standard : atoi(given);
+  if (given != nullptr && (found < step || found % step != 0 || found > most)) {
+    throw std::invalid_argument(
+        concat(name, ": expected a multiple of ", step, " up to ", most, ", found ", given));
+  }
+  return found;
+}
+
+// Stacked queries of a large tile.
 int wanted_tile() {
-  static const int tile = [] {
-    const char* given = getenv("SOFTPROMPT_FAST_CUDA_TILE");
-    const int found = given == nullptr ? decode_tile(kSmallTile) : atoi(given);
-    if (found < kSmallTile || found % kSmallTile != 0 || found > decode_tile(kSmallTile)) {
-      throw std::invalid_argument(concat("SOFTPROMPT_FAST_CUDA_TILE: expected a multiple of ",
-                                         kSmallTile, " up to ", decode_tile(kSmallTile), ", found ",
-                                         given));
-    }
-    return found;
-  }();
+  constexpr int kMost = decode_tile(kSmallTile);
+  static const int tile = setting("SOFTPROMPT_FAST_CUDA_TILE", kMost, kSmallTile, kMost);
   return tile;
+}
+
+// Blocks for prefixes beside own items that fill the device; 0: the plan's choice.
+int wanted_blocks() {
+  static const int blocks = setting("SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS", 0, 1, 1 << 20);
+  return blocks;
 }
 
 }  // namespace
@@ -70,7 +80,7 @@ int64_t shared_of_prefix_attention(int head_dim, int v_dim) {
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device) {
   const int padded = padded_head_dim(most(head_dim, v_dim));
   const int tile = (int)least(decode_tile(padded), wanted_tile());
-  return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1));
+  return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1), wanted_blocks());
 }
 
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue) {

@@ -33,7 +33,7 @@ struct Random {
 // A call: its sizes, and the values that the device would find.
 struct Call {
   DecodeSizes sizes;
-  int tile, resident;
+  int tile, resident, beside;
   int64_t most_bytes;
   bool causal;
   int window;
@@ -91,6 +91,7 @@ void draw(Random& random, Call& call) {
   if (random.chance(2)) call.rows.query_start = as_index(call.position);
   call.tile = kSmallTile << random.upto(3);
   call.resident = (int)random.within(1, random.chance(2) ? 12 : 300);
+  call.beside = random.chance(2) ? 0 : (int)random.within(1, 400);
   call.most_bytes = random.chance(10) ? 1 : int64_t{128} << 20;
   call.causal = !random.chance(4);
   call.window = call.causal && random.chance(3) ? (int)random.within(1, 400) : 0;
@@ -113,7 +114,7 @@ class Checker {
   // seen. (Its conditions are thresholds: between two of them nothing changes.)
   void run(const Call& call, bool each_key) {
     call_ = &call;
-    plan_ = plan_decode(call.sizes, call.tile, call.resident, 4 * 64, call.most_bytes);
+    plan_ = plan_decode(call.sizes, call.tile, call.resident, 4 * 64, call.beside, call.most_bytes);
     const DecodePlan& plan = plan_;
     rows_.resize(plan.batch);
     for (int row = 0; row < plan.batch; ++row) {
@@ -304,10 +305,11 @@ int main(int count, char** arguments) {
       const DecodeSizes& s = call.sizes;
       std::printf(
           "plan %ld of seed %ld: batch %ld, heads %ld over %ld, queries %ld, own %ld, packed %ld, "
-          "prefixes %ld, longest %ld, offsets %d, indexed %d, tile %d, resident %d, window %d\n",
+          "prefixes %ld, longest %ld, offsets %d, indexed %d, tile %d, resident %d, beside %d, "
+          "window %d\n",
           i, seed, (long)s.batch, (long)s.q_heads, (long)s.kv_heads, (long)s.queries, (long)s.own,
           (long)s.packed, (long)s.prefixes, (long)s.longest, s.offsets, s.indexed, call.tile,
-          call.resident, call.window);
+          call.resident, call.beside, call.window);
       return 1;
     }
   }
