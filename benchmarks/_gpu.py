@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ class Case:
         reference: float32 results that the systems' are compared with, None where they are compared with nothing.
         compare: cuts a result down to what ``reference`` gives, such as the first rows.
         seconds: that it may take; None: what is left to its group.
+        backend: that "ours" asks for by name; None: what "auto" picks.
         tolerance: of ``|result - reference| / |reference|``, in the Euclidean norm.
     """
 
@@ -87,6 +88,7 @@ class Case:
     tolerance: float = 1e-2
     bars: list[Bar] = field(default_factory=list)
     seconds: float | None = None
+    backend: str | None = None
 
 
 @dataclass
@@ -209,13 +211,41 @@ class Turn:
         return elapsed / self.repeats / len(self.sets)
 
 
-def run(case: Case, device: torch.device, ceilings: dict[str, float], *, budget: float, rounds: int = 25) -> Row:
-    """Check the systems, then time those that are right, for about ``budget`` seconds at most."""
+def works(device: torch.device) -> bool:
+    """Whether this process can still use the device: after some errors nothing does any more."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(
+    case: Case,
+    device: torch.device,
+    ceilings: dict[str, float],
+    *,
+    budget: float,
+    rounds: int = 25,
+    begin: Callable[[str | None], None] = lambda system: None,
+    without: Collection[str] = (),
+) -> Row:
+    """Check the systems, then time those that are right, for about ``budget`` seconds at most.
+
+    Args:
+        begin: is told which system comes next, and None when all of them are timed in turns.
+        without: systems that took a process down.
+    """
     row, started = Row(case, ceilings), time.perf_counter()
     inputs = case.make()
     wanted = None if case.reference is None else case.reference(inputs)
     turns: dict[str, Turn] = {}
     for name, system in case.systems.items():
+        if name in without:
+            row.missing[name] = "took its process down, or never ended"
+            continue
+        begin(name)
         try:
             prepared = system.prepare(inputs)
             if wanted is not None:
@@ -234,12 +264,15 @@ def run(case: Case, device: torch.device, ceilings: dict[str, float], *, budget:
             turns[name] = Turn(system, sets, device)
         except Exception as error:  # a baseline that this version, or this GPU, does not have
             row.missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            if not works(device):
+                return row
         if time.perf_counter() - started > budget and "ours" in turns:
             tried = {*turns, *row.missing}
             row.missing |= dict.fromkeys((n for n in case.systems if n not in tried), "no time was left")
             break
     del wanted
     row.samples = {name: [] for name in turns}
+    begin(None)
     for number in range(rounds):
         for name, turn in turns.items():
             turn.start()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +22,16 @@ import torch
 import torch.nn.functional as F
 from _bases import MODELS, make_base
 from _gpu import Bar, Case, Row, System
-from _peers import expanded, filled, flashinfer_cascade, flex_attention, hydragen, with_mask
+from _harness import ratio
+from _peers import expanded, filled, flashinfer_cascade, flex_attention, generation_peers, hydragen, with_mask
+from _prompts import make_peft, make_prompt, prompt_values
 from _training import OURS, PEFT, Shape, Trainee
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from softprompt_fast import ops
+from softprompt_fast.backends._registry import available_backends
 
 DTYPE = torch.bfloat16
 OVERHEAD = 3e-6
@@ -179,37 +185,153 @@ def prefill(device: torch.device, smoke: bool) -> Iterator[Case]:
 COUNTED = ("flash, expand", "cuDNN, expand")
 
 
+def decode_backend() -> str | None:
+    """What "ours" asks for in a decode step: the CUDA kernels where they are, which "auto" leaves out until they have
+    run on a GPU."""
+    return None if available_backends("prefix_attention")["cuda"] else "cuda"
+
+
+SDPA = ("flash", "cuDNN", "efficient", "SDPA")
+
+
 def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
-    for prefix, faster in ((1024, 5.0), (8192, 25.0)):
+    """Throughput behind a short, a middle and a long prefix, and the latency of few rows."""
+    for batch, prefix, own, faster in ((64, 256, 128, None), (64, 1024, 128, 5.0), (64, 8192, 128, 25.0)):
+        s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(batch, 1, own, prefix)
+        case = decode_case(s, device)
+        case.systems["Hydragen"], case.systems["FlashInfer cascade"] = System(hydragen), flashinfer_cascade()
+        if importlib.util.find_spec("flashinfer") is None and device.type == "cuda":
+            case.systems["FlexAttention, packed"] = flex_attention(shared=True)  # the last, for it compiles
+        case.bars = [
+            Bar("x of our Triton", of_triton, at_least=1.2),
+            Bar("x of FlashInfer, else of FlexAttention and SDPA", of_library, at_least=1.1),
+            Bar("times its floor", over_floor, at_most=1.25),
+            Bar("Triton: times its floor", lambda row: over_floor(row, "Triton"), at_most=1.6),
+        ]
+        if faster is not None:
+            case.bars.append(Bar("x of SDPA, expanded", lambda row: row.speedup(*SDPA), at_least=faster))
+        yield case
+    for batch in (1, 4):
+        case = decode_case(Sizes(batch, 1, 8, 9, 4, 2, 16) if smoke else Sizes(batch, 1, 64, 128), device)
+        case.bars = [Bar("x of SDPA, expanded", lambda row: row.speedup(*SDPA), at_least=1.1)]
+        yield case
+
+
+SETTINGS = {"SOFTPROMPT_FAST_CUDA_TILE": "tiles of", "SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "prefix blocks"}
+
+
+def settings(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """The CUDA kernel with other choices than its own, which a process reads once from its environment."""
+    chosen = [f"{what} {os.environ[name]}" for name, what in SETTINGS.items() if name in os.environ]
+    for prefix in (256, 1024, 8192):
         s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
-        reference, compare = exact_rows(s)
-        systems = {"ours": System(lambda x: ops.prefix_attention(*x)), **attention_systems(s)}
-        systems |= kernels(lambda x, backend: ops.prefix_attention(*x, backend=backend))
-        if device.type == "cpu":
-            systems["SDPA"] = System(sdpa(None, False), expanded)
-        systems["Hydragen"], systems["FlashInfer cascade"] = System(hydragen), flashinfer_cascade()
-        yield Case(
-            f"decode {s}",
-            lambda s=s: attention_inputs(s, device),
-            systems,
-            s.flops,
-            s.moved,
-            reference,
-            compare,
-            bars=[
-                Bar(
-                    "x of SDPA, expanded",
-                    lambda row: row.speedup("flash", "cuDNN", "efficient", "SDPA"),
-                    at_least=faster,
-                ),
-                Bar("x of our Triton", lambda row: row.speedup("Triton"), at_least=1.2),
-                Bar("times (bytes / 3.0 TB/s + 3 us)", over_floor, at_most=1.6),
-            ],
-        )
+        case = decode_case(s, device)
+        case.name = ", ".join((f"decode {s}", *chosen))
+        case.systems = {name: case.systems[name] for name in ("ours", "Triton")}
+        case.bars = [Bar("times its floor", over_floor, at_most=1.25)]
+        yield case
 
 
-def over_floor(row: Row) -> float:
-    return row.seconds() / (row.case.moved / 3e12 + OVERHEAD)
+def decode_case(s: Sizes, device: torch.device) -> Case:
+    """One query a row behind one prefix: ours, Triton's, and PyTorch's over the expanded cache."""
+    asked = decode_backend()
+    reference, compare = exact_rows(s, rows=16)
+    systems = {
+        "ours": System(lambda x: ops.prefix_attention(*x, backend=asked)),
+        "Triton": System(lambda x: ops.prefix_attention(*x, backend="triton")),
+        **attention_systems(s),
+    }
+    if device.type == "cpu":
+        systems["SDPA"] = System(sdpa(None, False), expanded)
+    inputs = partial(attention_inputs, s, device)
+    return Case(f"decode {s}", inputs, systems, s.flops, s.moved, reference, compare, backend=asked)
+
+
+def of_library(row: Row) -> float:
+    return row.speedup("FlashInfer") if "FlashInfer cascade" in row.samples else row.speedup("FlexAttention", *SDPA)
+
+
+def of_triton(row: Row) -> float:
+    return ratio(row.samples["Triton"], row.samples["ours"])["median"]
+
+
+def over_floor(row: Row, name: str = "ours") -> float:
+    """Seconds over those that the machine's measured rates ask for, and a launch's."""
+    case, rates = row.case, row.ceilings
+    floor = max(case.moved / rates["copy"], case.flops / rates["bf16 GEMM"])
+    return row.seconds(name) / (floor + OVERHEAD)
+
+
+def prompts(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """A decode step of 256 rows over 32 prompts of 64 to 2048 tokens, every 32nd row the same one."""
+    rows, count, own, step = (6, 3, 8, 5) if smoke else (256, 32, 128, 64)
+    heads, kv_heads, dim = (4, 2, 16) if smoke else (32, 8, 128)
+    bounds = [0, *itertools.accumulate(step * (n + 1) for n in range(count))]
+    runs, longest = list(itertools.pairwise(bounds)), step * count
+    asked = decode_backend()
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    index = (torch.arange(rows, device=device) % count).int()
+
+    def ours(inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:
+        options = {"prefix_offsets": offsets, "prefix_index": index, "max_prefix_length": longest}
+        return ops.prefix_attention(*inputs, **options, backend=backend)
+
+    def alone(inputs: tuple[Tensor, ...], backend: str | None, most: int = rows) -> list[Tensor]:
+        """A call a prompt, of views of its rows."""
+        own, prefix = inputs[:3], inputs[3:]
+        return [
+            ops.prefix_attention(*(x[n:most:count] for x in own), *(x[:, low:high] for x in prefix), backend=backend)
+            for n, (low, high) in enumerate(runs)
+        ]
+
+    def padded(inputs: tuple[Tensor, ...], repeats: int = 1) -> tuple[Tensor, ...]:
+        """Keys and values with each row's prompt before its own, padded on the left, and the mask of that."""
+        query, *own, prefix_key, prefix_value = inputs
+        pairs = []
+        for x, pack in zip(own, (prefix_key, prefix_value), strict=True):
+            wide = F.pad(x, (0, 0, longest, 0))
+            for n, (low, high) in enumerate(runs):
+                wide[n::count, :, longest - (high - low) : longest] = pack[:, low:high]
+            pairs.append(wide.repeat_interleave(repeats, 1))
+        hidden = torch.arange(pairs[0].shape[2], device=device) < longest - offsets.diff()[index.long(), None]
+        return query, *pairs, torch.zeros_like(hidden, dtype=DTYPE).masked_fill(hidden, -math.inf)[:, None, None]
+
+    def in_order(result: Any) -> Tensor:
+        """The first row of every prompt."""
+        return torch.stack(result, 1).flatten(0, 1)[:count] if isinstance(result, list) else result[:count]
+
+    s = Sizes(rows, 1, own, bounds[-1], heads, kv_heads, dim)
+    mean = Sizes(rows, 1, own, bounds[-1] // count, heads, kv_heads, dim)
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    systems = {
+        "ours": System(partial(ours, backend=asked)),
+        "Triton": System(partial(ours, backend="triton")),
+        "ours, a call a prompt": System(partial(alone, backend=asked)),
+        "Triton, a call a prompt": System(partial(alone, backend="triton")),
+        "SDPA, padded": System(sdpa(None, True), padded),
+        "cuDNN, padded": System(sdpa(SDPBackend.CUDNN_ATTENTION, True), padded),
+        "efficient, padded, all heads": System(sdpa(efficient, True), partial(padded, repeats=heads // kv_heads)),
+    }
+    yield Case(
+        f"decode of {count} prompts B{rows} T{own} P{step}..{longest}",
+        lambda: attention_inputs(s, device),
+        systems,
+        mean.flops,
+        s.moved,
+        lambda x: in_order(alone(tuple(t.float() for t in x), "reference", count)),
+        in_order,
+        bars=[
+            Bar("x of a call a prompt", lambda row: row.speedup("ours, a", "Triton, a"), at_least=3.0),
+            Bar("x of SDPA, expanded", lambda row: row.speedup(*SDPA), at_least=4.0),
+            Bar(
+                "x of our Triton",
+                lambda row: ratio(row.samples["Triton"], row.samples["ours"])["median"],
+                at_least=1.0,
+            ),
+            Bar("times its floor", over_floor, at_most=1.6),
+        ],
+        backend=asked,
+    )
 
 
 def backward(device: torch.device, smoke: bool) -> Iterator[Case]:
@@ -515,6 +637,52 @@ def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: i
         yield Case(f"{name}: generate, {what}, {sizes}", make, systems, seconds=7.0)
 
 
+def generate(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """128 tokens behind a shared prompt against PEFT, and against transformers with a static cache that holds the
+    prompt for every row, its decode step compiled into CUDA graphs as ours is."""
+    for virtual, of_peft, of_static in ((512, 10.0, 1.2), (4096, 15.0, 2.5)):
+        case = generate_case("tiny", 2, virtual // 128, 4, 3, device) if smoke else None
+        case = case or generate_case("Llama-3.2-1B", 64, virtual, 32, 128, device)
+        case.bars = [
+            Bar("x of PEFT", lambda row: row.speedup("PEFT"), at_least=of_peft),
+            Bar("x of a static cache, compiled", lambda row: row.speedup("transformers, st"), at_least=of_static),
+        ]
+        yield case
+        del case
+        torch.compiler.reset()
+
+
+def generate_case(name: str, batch: int, virtual: int, own: int, new: int, device: torch.device) -> Case:
+    """Random weights, so texts are not compared: "models" has the logits."""
+    from softprompt_fast import SoftPromptModel
+
+    asked = decode_backend()
+    base, untouched = (make_base(name, device, DTYPE) for _ in range(2))
+    for each in (base, untouched):
+        each.generation_config.eos_token_id, each.generation_config.pad_token_id = None, 0
+    vocabulary = base.get_input_embeddings().num_embeddings
+    values = prompt_values(base, virtual, 0)
+    model = SoftPromptModel(base, backend=asked).eval()
+    model.add_prompt("shared", make_prompt(base, values))
+    peers = generation_peers(untouched, model.compile_prompt("shared"), new)
+    peft = make_peft(untouched, {"shared": values.to(DTYPE)})  # which wraps the base and leaves it as it is
+    ones = torch.ones(batch, own, dtype=torch.long, device=device)
+    greedy: dict[str, Any] = {"attention_mask": ones, "max_new_tokens": new, "do_sample": False}
+    systems: dict[str, Callable[[Tensor], Any]] = {
+        "ours": lambda ids: model.generate(ids, prompt="shared", cache_implementation="static", **greedy),
+        "PEFT": lambda ids: peft.generate(input_ids=ids, **greedy),
+        "transformers, static, compiled": lambda ids: peers["static-compiled"](ids)[0],
+        "transformers, expanded": lambda ids: peers["expanded"](ids)[0],
+    }
+    return Case(
+        f"{name}: generate {new} tokens, B{batch} P{virtual} S{own}",
+        lambda: torch.randint(0, vocabulary, (batch, own), device=device),
+        {system: System(call, graph=False) for system, call in systems.items()},
+        seconds=90.0,
+        backend=asked,
+    )
+
+
 def training(device: torch.device, smoke: bool) -> Iterator[Case]:
     """A step of prompt tuning: PEFT's with the prompt in every row, at once and in micro-batches, as the logits of a
     whole batch may not fit."""
@@ -564,10 +732,13 @@ def training_case(name: str, shape: Shape, faster: float, device: torch.device) 
 CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "prefill": prefill,
     "decode": decode,
+    "prompts": prompts,
+    "settings": settings,
     "backward": backward,
     "prompt_concat": prompt_concat,
     "prompt_qkv": prompt_qkv,
     "merge_states": merge_states,
     "models": models,
+    "generate": generate,
     "training": training,
 }

@@ -21,7 +21,7 @@ def prompt_values(base: Any, length: int, number: int) -> Tensor:
     """``[P, H]`` virtual tokens near the embeddings of random words, seeded: behind random values a deep base is so
     far from any text that rounding alone changes what it says."""
     generator = torch.Generator().manual_seed(1000 + number)
-    values = base.get_input_embeddings().weight.detach()[words_of(base, length, generator)].float()
+    values = base.get_input_embeddings().weight.detach()[words_of(base, length, generator)].float().cpu()
     return values + 0.01 * torch.randn(values.shape, generator=generator)
 
 

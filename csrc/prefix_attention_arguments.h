@@ -21,6 +21,7 @@ struct PrefixAttentionCall {
   double scale, softcap;  // softcap 0: none
   bool causal;
   int64_t window;       // 0: none
+  int64_t longest;      // prefix that a row uses: a hint, L where there is none
   int64_t scale_block;  // 0: the prefix is not in 8 bits
 
   // `first`: place of the query among the arguments. Throws std::invalid_argument.
@@ -122,9 +123,8 @@ inline PrefixAttentionCall::PrefixAttentionCall(const abi::Arguments& given, int
   SOFTPROMPT_FAST_CHECK(!has(12) || (window > 0 && causal),
                         "sliding_window: expected none, or > 0 and causal, found ", window);
   SOFTPROMPT_FAST_CHECK(!has(13) || softcap > 0, "softcap: expected none or > 0, found ", softcap);
-  SOFTPROMPT_FAST_CHECK(!has(19) || given.integer(first + 19) >= 0,
-                        "max_prefix_length: expected none or >= 0, found ",
-                        given.integer(first + 19));
+  longest = has(19) ? given.integer(first + 19) : packed;
+  SOFTPROMPT_FAST_CHECK(longest >= 0, "max_prefix_length: expected none or >= 0, found ", longest);
 
   sinks = tensor(14);
   SOFTPROMPT_FAST_CHECK(!sinks || (sinks.has_shape({q_heads}) && sinks.beside(query)),

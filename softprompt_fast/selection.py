@@ -138,10 +138,10 @@ class PromptSelector:
             return False
         serving, _ = serving_backend("prefix_attention", device, self._backend)
         if self._bank.options.dtype is not None:
-            return serving == "triton" or (
+            return serving in ("triton", "cuda") or (
                 serving == "cpu" and self._bank.options.dtype == torch.int8 and self._base.dtype != torch.float64
             )
-        return serving in ("cpu", "triton") or (serving == "torch" and device == "cpu")
+        return serving in ("cpu", "triton", "cuda") or (serving == "torch" and device == "cpu")
 
     def _compile_once_a_step(
         self, distinct: list[RowPrompt], virtual_logits: bool, next_logits: bool, *, training: bool, sharded: bool

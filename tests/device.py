@@ -20,6 +20,11 @@ DEVICE = torch.device(os.environ.get("SOFTPROMPT_FAST_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type != "cpu"
 
 cpu_only = pytest.mark.skipif(ON_GPU, reason="of the CPU only: its kernels, or a check of values in host memory")
+#: Of tests that compute in float64 with whatever backend serves it; a kernel asked for by name refuses.
+float64 = pytest.mark.skipif(
+    os.environ.get("SOFTPROMPT_FAST_BACKEND") in ("triton", "cuda"),
+    reason="SOFTPROMPT_FAST_BACKEND asks for kernels that take no float64",
+)
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: SOFTPROMPT_FAST_TEST_DEVICE=cuda")
 
 

@@ -22,7 +22,7 @@ from softprompt_fast.errors import AdapterError, BankFullError, PrefixError
 from softprompt_fast.integrations import peft as peft_io
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.prompt import SoftPrompt
-from tests.device import cpu_only
+from tests.device import cpu_only, float64
 
 WAIT = 60  # seconds, for what takes milliseconds
 ROWS = make_rows([4, 7, 3, 6])
@@ -581,6 +581,7 @@ def test_a_cache_outlives_the_storage_and_knows_its_versions() -> None:
     assert not any(isinstance(x, torch.Tensor) and x.dim() > 1 for x in vars(claim).values())
 
 
+@float64
 def test_moving_the_model_moves_the_bank() -> None:
     model = make_model(bank=BankOptions(device_bytes=200_000))
     ids = ROWS[0].expand(2, -1)

@@ -6,7 +6,9 @@ many prompts, every size of head, quantised prefixes, and random calls. On a CPU
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,40 @@ def test_larger(name: str, head_dim: int) -> None:
     """With both sizes of large tiles."""
     inputs = attention_inputs(dtype=torch.bfloat16, head_dim=head_dim, **LARGER[name])
     check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+@pytest.mark.parametrize(("name", "value"), [("TILE", "64"), ("TILE", "16"), ("PREFIX_BLOCKS", "7")])
+def test_settings_of_measurements(name: str, value: str) -> None:
+    """What a GPU may turn out to do better with: read once, so in a process of its own."""
+    named = f"{Path(__file__).name}::test_larger"
+    code = f"import pytest; raise SystemExit(pytest.main(['tests/{named}', '-q', '-n', '0', '-k', '64']))"
+    done = python(code, **{f"SOFTPROMPT_FAST_CUDA_{name}": value})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_settings_that_no_kernel_has() -> None:
+    code = "import tests.conftest, softprompt_fast.backends.cuda._runtime as runtime\n"
+    code += "runtime._cuda.prefix_attention_workspace((2, 4, 2, 1, 9, 30, 16, 16, 1, 30), False, False, 0)"
+    for tile in ("24", "256", "many"):
+        done = python(code, SOFTPROMPT_FAST_CUDA_TILE=tile)
+        assert f"CUDA_TILE: expected a multiple of 16 up to 128, found {tile}" in done.stderr
+    done = python(code, SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS="0")
+    assert "CUDA_PREFIX_BLOCKS: expected a multiple of 1 up to" in done.stderr
+
+
+def test_prefix_blocks_decide_how_many_shares_there_are() -> None:
+    """Of a prefix of 900 entries beside 16 own items, which fill the emulated device."""
+    code = "import tests.conftest, softprompt_fast.backends.cuda._runtime as runtime\n"
+    code += "print(runtime._cuda.prefix_attention_workspace((16, 1, 1, 1, 9, 900, 16, 16, 1, 900), False, False, 0))"
+    few, many = (int(python(code, SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS=n).stdout) for n in ("1", "4"))
+    assert few * 5 == many * 2  # slots: own keys, and 1 or 4 shares
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cuda_emulated.ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 65, 96, 100, 128, 256])
@@ -189,6 +225,51 @@ def test_who_serves(case: dict, dtype: torch.dtype, served: bool, monkeypatch: p
     assert bool(calls) != served
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "v_dim", "kilobytes", "taken"),
+    [(128, 128, 99, True), (128, 129, 99, False), (129, 8, 99, False), (256, 256, 163, True), (64, 64, 48, False)],
+)
+def test_shared_memory_decides_who_serves(head_dim: int, v_dim: int, kilobytes: int, taken: bool) -> None:
+    assert cuda.takes(1, 4, head_dim, v_dim, torch.bfloat16, False, kilobytes << 10) == taken
+
+
+def test_wide_heads_on_a_small_gpu_are_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(cuda.triton, "forward", lambda *args: calls.append(args))
+    monkeypatch.setattr(cuda._runtime, "shared_bytes", lambda device: 99 << 10)
+    for head_dim in (128, 136):
+        cuda.forward(*arguments(attention_inputs(dtype=torch.bfloat16, queries=1, head_dim=head_dim)))
+    assert [args[0].shape[-1] for args in calls] == [136]
+
+
+@pytest.mark.parametrize("hint", [0, 33, 10**6])
+@pytest.mark.parametrize("name", ["gaps between prompts", "every split"])
+def test_a_hint_changes_no_result(name: str, hint: int) -> None:
+    """However wrong it is."""
+    inputs = attention_inputs(dtype=torch.bfloat16, **LARGER[name])
+    hinted = AttentionInputs(*inputs.tensors, {**inputs.options, "max_prefix_length": hint})
+    check(run(hinted), inputs.to(torch.float64), inputs)
+
+
+def test_free_room_of_an_arena_takes_no_workspace() -> None:
+    """Short prefixes far apart: as many shares as their own length asks for, and the same bits as side by side."""
+    dense = attention_inputs(
+        batch=3, q_heads=2, kv_heads=1, queries=1, own=3, prefix=150, prefix_offsets=[0, 20, 150],
+        prefix_index=[0, 1, 0], dtype=torch.bfloat16,
+    )  # fmt: skip
+    pairs = [torch.full((1, 5000, 16), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
+    for pack, x in zip(pairs, dense.tensors[3:], strict=True):
+        pack[:, 7:27], pack[:, 4000:4130] = x[:, :20], x[:, 20:]
+    places = {"prefix_offsets": torch.tensor([7, 27, 4000, 4130]), "prefix_index": torch.tensor([0, 2, 0])}
+    found, asked = [], []
+    for hint in (130, None):
+        options = {**dense.options, **places, "max_prefix_length": hint}
+        found.append(run(AttentionInputs(*dense.tensors[:3], *pairs, options)))
+        asked.append(_runtime._cuda.last_workspace())
+    assert 2 * asked[0] < asked[1]
+    assert all(torch.equal(x, y) for x, y in zip(found[0], run(dense), strict=True))
+
+
 def test_what_neither_serves() -> None:
     wide = attention_inputs(dtype=torch.bfloat16, head_dim=257)
     assert cuda.reasons(*arguments(wide)) == ["it takes head dimensions up to 256, found 257 and 257"]
@@ -206,5 +287,5 @@ def test_plans(tmp_path: Path) -> None:
     command = [*(cuda_emulated.compiler() or []), *cuda_emulated.FLAGS, source, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program), "20000", "1"], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([str(program), "1000000", "1"], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

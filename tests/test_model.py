@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 import softprompt_fast as spf
 from softprompt_fast import PrefixKV, SoftPrompt, SoftPromptModel
 from softprompt_fast.integrations import transformers as hooks
+from tests.device import float64
 
 # The name that every supported transformers knows.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -450,7 +451,7 @@ def test_a_prompt_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- dtypes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, pytest.param(torch.float64, marks=float64)])
 def test_to_dtype(dtype: torch.dtype) -> None:
     model = make_model()
     model.add_prompt("frozen", model.compile_prompt("a"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softprompt_fast import nn as spf_nn
+from tests.device import float64
 
 
 def test_soft_prompt_embedding() -> None:
@@ -41,6 +42,7 @@ def expanded(module: spf_nn.PrefixAttention, hidden: Tensor, mask: Tensor) -> Te
     return module.o_proj(out.transpose(1, 2).flatten(2))
 
 
+@float64
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_prefix_attention(causal: bool, bias: bool) -> None:
@@ -58,6 +60,7 @@ def test_prefix_attention(causal: bool, bias: bool) -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
+@float64
 def test_prefix_attention_of_padded_rows() -> None:
     module = spf_nn.PrefixAttention(12, 4, 3, sliding_window=4, dtype=torch.float64)
     hidden = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -86,6 +89,7 @@ def test_only_the_prefix_learns() -> None:
     assert changed == {"prefix_key", "prefix_value"}
 
 
+@torch.no_grad()
 def test_state_dict_round_trip() -> None:
     module = spf_nn.PrefixAttention(8, 2, 4)
     other = spf_nn.PrefixAttention(8, 2, 4)

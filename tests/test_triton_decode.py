@@ -197,6 +197,27 @@ def test_tuning_key() -> None:
     assert decode.tuning_key(8, 8, 2, 33, False) == "d16-16bit-m64-general"
 
 
+def test_prefixes_in_use() -> None:
+    """Gaps of an arena are no prefixes, and there are never more than rows."""
+    assert decode.prefixes_in_use(63, 256, 8192, 100) == 32
+    assert decode.prefixes_in_use(63, 3, 8192, 100) == 3
+    assert decode.prefixes_in_use(63, 256, 6000, 100) == 63
+    assert decode.prefixes_in_use(63, 256, 8192, None) == 63
+    assert decode.prefixes_in_use(0, 4, 0, None) == decode.prefixes_in_use(1, 4, 100, 0) == 1
+
+
+def test_an_arenas_gaps_choose_no_smaller_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = attention_inputs(
+        batch=12, q_heads=4, kv_heads=1, queries=1, prefix=700, prefix_offsets=[0, 20, 650, 680],
+        prefix_index=[0, 2] * 6,
+    )  # fmt: skip
+    keys, tuning_key = [], decode.tuning_key
+    monkeypatch.setattr(decode, "tuning_key", lambda *given: keys.append(given[3]) or tuning_key(*given))
+    for hint in (None, 30):
+        run(replace(inputs, options={**inputs.options, "max_prefix_length": hint}))
+    assert keys == [16, 24]
+
+
 def test_own_rows() -> None:
     assert decode.own_rows(4, 128) == 16
     assert decode.own_rows(32, 64) == 32

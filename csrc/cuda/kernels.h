@@ -27,6 +27,11 @@ void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& ro
                                 const Queue& queue);
 void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
 
+// Bytes of shared memory that a block may have on a device, and that one of the kernel for heads of
+// a size takes, whatever the rows.
+int64_t shared_of_device(int device);
+int64_t shared_of_prefix_attention(int head_dim, int v_dim);
+
 // The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);

@@ -16,6 +16,10 @@
 namespace softprompt_fast {
 namespace cuda {
 
+// What a block may ask for on the smallest GPUs served, of 8.6 and 8.9. A kernel that takes more
+// has to be refused there before it is launched.
+constexpr size_t kSharedEverywhere = 99 << 10;
+
 struct Grid {
   dim3 blocks;
   unsigned threads;     // of a block, whole warps
@@ -58,6 +62,12 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+inline int shared_of_block(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+inline int shared_of_processor(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+}
 
 // `kernel` takes one struct by value (`const __grid_constant__`, or a pointer into it makes a copy
 // in local memory). Nothing of it reads a device value or waits, so a stream may
@@ -71,8 +81,13 @@ void launch(const Queue& queue, const Grid& grid, const Params& params) {
     const uint64_t bit = uint64_t{1} << (queue.device & 63);
     if (!(allowed.load(std::memory_order_relaxed) & bit)) {
       check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device)),
+                                 shared_of_block(queue.device)),
             "cudaFuncSetAttribute");
+      // Of the memory that L1 and shared memory have together, so that as many blocks fit as can.
+      check(
+          cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "cudaFuncSetAttribute");
       allowed.fetch_or(bit, std::memory_order_relaxed);
     }
   }
@@ -102,6 +117,8 @@ inline void set_zero(const Queue& queue, void* at, size_t bytes) {
 #else
 
 inline int processors(int) { return 4; }  // few, so that tests split their work too
+inline int shared_of_block(int) { return 227 << 10; }
+inline int shared_of_processor(int) { return 228 << 10; }
 
 template <auto kernel, typename Params>
 void launch(const Queue&, const Grid& grid, const Params& params) {

@@ -16,6 +16,20 @@ namespace {
 
 using abi::as_tensor;
 
+// Throws std::invalid_argument for sizes that no kernel takes.
+void check_sizes(const DecodeSizes& s, int64_t head_dim, int64_t v_dim, int device) {
+  SOFTPROMPT_FAST_CHECK(
+      head_dim > 0 && head_dim <= kMostHeadDim && v_dim > 0 && v_dim <= kMostHeadDim,
+      "query, value: expected heads of 1..", kMostHeadDim, ", found ", head_dim, " and ", v_dim);
+  for (int64_t size : {s.batch * s.q_heads * s.queries, s.own, s.packed}) {
+    SOFTPROMPT_FAST_CHECK(size <= 1 << 29, "expected at most 2^29 queries and keys, found ", size);
+  }
+  const int64_t there = shared_of_device(device);
+  const int64_t needed = shared_of_prefix_attention((int)head_dim, (int)v_dim);
+  SOFTPROMPT_FAST_CHECK(needed <= there, "expected ", needed,
+                        " bytes of shared memory a block, found ", there);
+}
+
 DecodeSizes sizes_of(const PrefixAttentionCall& call) {
   DecodeSizes s = {};
   s.batch = call.batch;
@@ -25,16 +39,14 @@ DecodeSizes sizes_of(const PrefixAttentionCall& call) {
   s.own = call.own;
   s.packed = call.packed;
   s.prefixes = call.offsets ? call.offsets.size - 1 : 1;
+  s.longest = call.longest;
   s.offsets = (bool)call.offsets;
   s.indexed = (bool)call.index;
-  SOFTPROMPT_FAST_CHECK(
-      call.head_dim <= kMostHeadDim && call.v_dim > 0 && call.v_dim <= kMostHeadDim,
-      "query, value: expected heads of 1..", kMostHeadDim, ", found ", call.head_dim, " and ",
-      call.v_dim);
-  for (int64_t size : {s.batch * s.q_heads * s.queries, s.own, s.packed}) {
-    SOFTPROMPT_FAST_CHECK(size <= 1 << 29, "expected at most 2^29 queries and keys, found ", size);
-  }
   return s;
+}
+
+int64_t floats_of(const DecodePlan& plan, int64_t head_dim, int64_t v_dim) {
+  return plan.states() * (padded_head_dim(most(head_dim, v_dim)) + 1);
 }
 
 // Whether 16 bytes along the last dimension can be copied at once, wherever they begin.
@@ -69,6 +81,8 @@ unsigned* counters_of(const Queue& queue, int64_t count) {
   return found.data;
 }
 
+thread_local int64_t last_workspace = 0;  // floats, for tests
+
 void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View& lse) {
   SOFTPROMPT_FAST_CHECK(!call.bias, "bias: expected none, found ", call.bias.describe());
   SOFTPROMPT_FAST_CHECK(out.has_shape({call.batch, call.q_heads, call.queries, call.v_dim}) &&
@@ -81,6 +95,7 @@ void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View&
   if (kEmulated) call.check_values();
   const Queue queue = queue_of(call.query);
   const DecodeSizes s = sizes_of(call);
+  check_sizes(s, call.head_dim, call.v_dim, queue.device);
   PrefixAttentionDecode op = {};
   op.query = as_tensor("query", call.query);
   const DType dtype = op.query.dtype;
@@ -120,13 +135,12 @@ void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View&
   if (lse.numel() == 0) return;
 
   op.plan = plan_prefix_attention(s, op.head_dim, op.v_dim, queue.device);
-  const int64_t padded = padded_head_dim(most(op.head_dim, op.v_dim));
-  const int64_t states = op.plan.states() * padded;
   // PyTorch's allocator keeps it for what the stream does next, the kernel first.
-  const abi::NewTensor workspace(call.query, abi::torch_dtype(DType::kFloat32),
-                                 {states + op.plan.states()}, {1});
+  const int64_t floats = floats_of(op.plan, op.head_dim, op.v_dim);
+  const abi::NewTensor workspace(call.query, abi::torch_dtype(DType::kFloat32), {floats}, {1});
+  last_workspace = floats;
   op.states = static_cast<float*>(workspace.view().data);
-  op.state_lse = op.states + states;
+  op.state_lse = op.states + floats - op.plan.states();
   op.counters = counters_of(queue, op.plan.units());
   run_prefix_attention(op, queue);
 }
@@ -170,6 +184,31 @@ void bind_prefix_attention(pybind11::module_& module) {
         return found;
       },
       "Address and number of the counters of every stream so far, which calls leave at 0.");
+  module.def(
+      "prefix_attention_workspace",
+      [](const pybind11::tuple& given, bool offsets, bool indexed, int device) {
+        DecodeSizes s = {};
+        int64_t head_dim = 0, v_dim = 0;
+        int64_t* const sizes[] = {&s.batch,  &s.q_heads, &s.kv_heads, &s.queries,  &s.own,
+                                  &s.packed, &head_dim,  &v_dim,      &s.prefixes, &s.longest};
+        read_sizes(given, sizes);
+        SOFTPROMPT_FAST_CHECK(s.batch > 0 && s.queries > 0 && s.kv_heads > 0 && s.q_heads > 0 &&
+                                  s.q_heads % s.kv_heads == 0,
+                              "sizes: expected rows, queries, and q_heads a multiple of kv_heads");
+        s.offsets = offsets;
+        s.indexed = indexed;
+        check_sizes(s, head_dim, v_dim, device);
+        return floats_of(plan_prefix_attention(s, (int)head_dim, (int)v_dim, device), head_dim,
+                         v_dim);
+      },
+      "Floats of the workspace of a call of (B, Hq, Hkv, S, T, L, D, Dv, N, longest prefix).");
+  module.def(
+      "last_workspace", [] { return last_workspace; },
+      "Floats of the workspace of this thread's last call.");
+  module.def("shared_of_device", &shared_of_device,
+             "Bytes of shared memory that a block may have on a device.");
+  module.def("shared_of_prefix_attention", &shared_of_prefix_attention,
+             "Bytes of shared memory that a block of prefix_attention takes.");
 }
 
 }  // namespace cuda

@@ -51,8 +51,11 @@ SOFTPROMPT_FAST_BOTH int64_t most(int64_t a, int64_t b) { return a > b ? a : b; 
 struct DecodeSizes {
   int64_t batch, q_heads, kv_heads, queries, own, packed;
   int64_t prefixes;  // N
-  bool offsets;      // prefix_offsets were given: lengths are known to the device only
-  bool indexed;      // prefix_index was given: so is who shares a prefix
+  // Of the longest prefix that a row uses, a hint that bounds shares and with them the workspace:
+  // an arena has far more entries. `packed` where it is not known.
+  int64_t longest;
+  bool offsets;  // prefix_offsets were given: lengths are known to the device only
+  bool indexed;  // prefix_index was given: so is who shares a prefix
 };
 
 struct DecodePlan {
@@ -93,13 +96,14 @@ struct DecodeRows {
   Index prefix_offsets, prefix_index, own_start, own_end, query_start;
 };
 
-// `tile`: queries of a large tile. `resident`: blocks that the device runs at a time.
-// `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before prefixes
-// get fewer shares for it. Example: 64 rows of one query, 32 heads over 8, 1024 entries, tiles of
-// 128, 264 resident blocks: 512 own items, and 2 tiles on each of 8 heads against 4 shares of 256
-// entries.
+// `tile`: queries of a large tile, at most the kernel's. `beside`: blocks for prefixes beside own
+// items that fill the device; 0: on every other place. `resident`: blocks that the device runs at
+// a time. `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before
+// prefixes get fewer shares for it. Example: 64 rows of one query, 32 heads over 8, 1024 entries,
+// tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each of 8 heads against 4 shares
+// of 256 entries.
 inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, int64_t state_bytes,
-                              int64_t most_bytes = int64_t{128} << 20) {
+                              int beside = 0, int64_t most_bytes = int64_t{128} << 20) {
   DecodePlan plan = {};
   plan.batch = (int)sizes.batch;
   plan.kv_heads = (int)sizes.kv_heads;
@@ -120,20 +124,23 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   plan.own_splits = (int)most(
       1, least(least(resident / own_items, divide_up(sizes.own, 2 * kDecodeKeys)), kMaxSplits));
 
-  // Prefixes. Beside own items that fill the device alone, a block on every other place: one kind's
+  // Prefixes. Beside own items that fill the device alone they get some of its places: one kind's
   // arithmetic then runs beside the other kind's loads.
   plan.sections = sizes.indexed ? (int)divide_up(sizes.batch, kSection) : 1;
   const int64_t rows = sizes.indexed ? least(sizes.batch, kSection) : sizes.batch;
-  plan.wanted = (int)most(1, resident / (own_fills ? 2 : 1) / plan.sections);
+  if (beside == 0) beside = resident / 2;
+  plan.wanted = (int)most(1, (own_fills ? beside : resident) / plan.sections);
   plan.min_blocks = own_fills ? 4 : 2;
-  const int64_t longest = divide_up(sizes.packed, kDecodeKeys);
-  if (longest == 0) return plan;
+  if (sizes.packed == 0) return plan;
+  const bool known = !sizes.indexed && !sizes.offsets;
+  const int64_t longest =
+      divide_up(known ? sizes.packed : most(1, least(sizes.longest, sizes.packed)), kDecodeKeys);
   const int64_t least_tiles = sizes.indexed ? 1 : plan.tiles(rows);
   int64_t splits = least(divide_up(longest, plan.min_blocks), kMaxSplits);
   splits = least(splits, divide_up(plan.wanted, plan.kv_heads * least_tiles));
   const int64_t slot_bytes = plan.units() * plan.per_row * state_bytes;
   plan.prefix_splits = (int)most(1, least(splits, most_bytes / slot_bytes - plan.own_splits));
-  if (!sizes.indexed && !sizes.offsets) {
+  if (known) {
     const int64_t share = plan.share_blocks(least_tiles * longest, longest);
     plan.prefix_blocks = plan.kv_heads * least_tiles * divide_up(longest, share);
   } else {

@@ -43,6 +43,7 @@ void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& ro
                        in_vectors(op.grad_prompt, 2) && in_vectors(op.grad_tokens, 3);
   const ConcatParams<PromptConcatGrad> params{op, rows, left};
   const unsigned size = vectors ? 8 : 1, columns = 32 * size;
+  static_assert(kSumWarps * 32 * 8 * sizeof(float) <= kSharedEverywhere, "fits every GPU");
   const Grid sums{dim3(blocks(op.packed * ((op.width + columns - 1) / columns))), 32 * kSumWarps,
                   kSumWarps * columns * (unsigned)sizeof(float)};
   if (vectors) {

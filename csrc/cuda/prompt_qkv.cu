@@ -12,6 +12,7 @@ namespace {
 template <typename T, int row_tiles, int groups>
 void run(const PromptQkv& op, const Queue& queue) {
   using Shared = QkvShared<row_tiles, groups>;
+  static_assert(sizeof(Shared) <= kSharedEverywhere, "fits every GPU");
   const int64_t lines = op.concat.batch * (op.concat.slots + op.concat.own);
   const int64_t pairs = ((op.q_heads + op.kv_heads) * op.head_dim + op.kv_heads * op.value_dim) / 2;
   const auto blocks = [](int64_t count, int64_t a_block) {

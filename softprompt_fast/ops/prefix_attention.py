@@ -92,7 +92,7 @@ def prefix_attention(  # type: ignore[misc]
         prefix_scale_block: > 0, entries of the pack that share a scale.
         max_prefix_length: >= 0, tokens of the longest prefix that a row uses, where the caller knows it: a hint by
             which kernels share out their work without reading `prefix_offsets` from the device. Results do not depend
-            on it. None: their mean length is taken for it, L / N.
+            on it. None: L / N, their mean length, or L is taken for it.
         return_lse: return ``(out, lse)``.
         backend: a backend name; None: the environment variable SOFTPROMPT_FAST_BACKEND, else the first that can.
 

@@ -78,5 +78,11 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 @cache
+def shared_bytes(index: int) -> int:
+    """Of shared memory that a block may have on a device."""
+    return _cuda.shared_of_device(index)
+
+
+@cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

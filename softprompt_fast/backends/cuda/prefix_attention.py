@@ -8,6 +8,7 @@ queries a row, float32, a bias, and gradients.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,12 +32,21 @@ def reasons(*args: Any) -> list[str]:
     return _runtime.refusals(*given) or triton.reasons(*args)
 
 
-def takes(queries: int, groups: int, v_dim: int, dtype: torch.dtype, biased: bool) -> bool:
-    """Whether the CUDA kernel takes a call of rows of `queries` queries and `groups` query heads a key/value head.
+def takes(
+    queries: int, groups: int, head_dim: int, v_dim: int, dtype: torch.dtype, biased: bool, shared_bytes: int
+) -> bool:
+    """Whether the CUDA kernel takes a call of rows of `queries` queries and `groups` query heads a key/value head, on
+    a device whose blocks have up to `shared_bytes` of shared memory.
 
-    Example: decode steps in bfloat16 or float16 and without a bias, and 16 queries a row of 4 grouped heads.
+    Example: decode steps in bfloat16 or float16 and without a bias, and 16 queries a row of 4 grouped heads; heads up
+    to 128 with 99 KB (compute capability 8.6, 8.9), up to 256 with 163 KB (8.0) and more.
     """
-    return heuristics.stack_queries(queries, groups) and v_dim > 0 and dtype in DTYPES and not biased
+    if not (heuristics.stack_queries(queries, groups) and v_dim > 0 and dtype in DTYPES and not biased):
+        return False
+    return _shared_bytes(head_dim, v_dim) <= shared_bytes
+
+
+_shared_bytes = cache(_runtime._cuda.shared_of_prefix_attention)
 
 
 def forward(
@@ -61,11 +71,12 @@ def forward(
     prefix_scale_block: int | None = None,
     max_prefix_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    q_heads, queries = query.shape[1:3]
+    _, q_heads, queries, head_dim = query.shape
     kv_heads, _, v_dim = value.shape[1:]
     tensors = (query, key, value, prefix_key, prefix_value)
     rows = (prefix_offsets, prefix_index, own_start, own_end, query_start)
-    if not takes(queries, q_heads // kv_heads, v_dim, query.dtype, bias is not None):
+    shared = _runtime.shared_bytes(query.get_device())
+    if not takes(queries, q_heads // kv_heads, head_dim, v_dim, query.dtype, bias is not None, shared):
         options = (scale, causal, sliding_window, softcap, sinks, bias)
         quantized = (prefix_key_scale, prefix_value_scale, prefix_scale_block)
         return triton.forward(*tensors, *rows, *options, *quantized, max_prefix_length)

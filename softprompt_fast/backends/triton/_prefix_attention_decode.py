@@ -88,7 +88,8 @@ def forward(
     stacked = batch * groups * queries
     plain = prefix_index is None and prefix_key_scale is None and softcap is None and bias is None
     plain = plain and {head_dim, v_dim} == {_runtime.block(max(head_dim, v_dim))}
-    key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // prefixes, plain)
+    used = prefixes_in_use(prefixes, batch, packed, max_prefix_length)
+    key_of_config = tuning_key(head_dim, v_dim, query.element_size(), stacked // used, plain)
     config = dict(_tuning.configuration(OP, "decode", key_of_config, places))
     if torch.version.hip is not None:
         config.pop("maxnreg", None)  # not an option there
@@ -191,6 +192,18 @@ def prefix_keys(packed: int, prefixes: int, longest: int | None) -> int:
     if longest is None:
         return triton.cdiv(packed, prefixes)
     return min(packed, max(longest, 1))
+
+
+def prefixes_in_use(places: int, batch: int, packed: int, longest: int | None) -> int:
+    """Among how many prefixes the rows are shared out, as far as sizes tell. Rows name at most one each, and more
+    entries than that many of the longest have are an arena's, of whose places every other one is a gap.
+
+    Example: 63 places of 8192 entries, the longest prefix in use of 100, 256 rows: 32. With 3 rows 3, and of 6000
+    entries, which they may fill, 63.
+    """
+    if longest is not None and packed > places * longest:
+        places = (places + 1) // 2
+    return max(1, min(places, batch))
 
 
 # Lengths, batch sizes and what follows from them: not worth a kernel of their own.
