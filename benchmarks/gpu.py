@@ -41,7 +41,7 @@ OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_stat
 OP_FILES += ["tests/test_cuda_backend.py", "tests/test_cuda_prompt_qkv.py", "tests/test_cuda_decode.py"]
 # The most telling first, should time run out.
 MODEL_STEMS = (
-    *("gpu", "model", "generate", "cache", "nn", "losses", "training"),
+    *("gpu", "cuda_step", "model", "generate", "cache", "nn", "losses", "training"),
     *("bank", "bank_tiers", "bank_random", "concurrency", "compile", "encoder", "autocast", "continuous_batching"),
 )
 MODEL_FILES = [f"tests/test_{name}.py" for name in MODEL_STEMS]

@@ -226,8 +226,7 @@ class PrefixedPasses:
                 return LabelledStates(passes.own(hidden, positions, context, labelled), passes.head)
         fused = self.fused.serving(inputs_embeds, context, cache, kwargs) if head is None else None
         if fused is not None:
-            hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
-            logits = fused(hidden, positions, context, cache, logits_to_keep)
+            logits = fused(given, positions, context, cache, logits_to_keep)
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
             # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
@@ -289,7 +288,7 @@ class PrefixedPasses:
             path, backend, reason = "expanded prefix", "transformers", self.why_expanded
         else:
             backend, reason = serving_backend("prefix_attention", self._base.device.type, self._backend)
-            if backend == "cpu":
+            if backend in ("cpu", "cuda"):
                 # What training calls take, or what all others do: planning that packs the weights.
                 get, kind = (self.fused.get_training, "training") if training else (self.fused.get, "decoder")
                 fused = get(self._backend)
