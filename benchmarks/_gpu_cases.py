@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from _bases import MODELS, make_base
+from _first_layer import FirstLayer
+from _first_layer import Shape as LayerShape
 from _gpu import Bar, Case, Row, System
 from _peers import expanded, filled, flashinfer_cascade, flex_attention, hydragen, with_mask
 from _training import OURS, PEFT, Shape, Trainee
@@ -449,6 +451,55 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
 
 # The short prompt is few enough rows for one kernel from token ids to q, k and v.
 FIRST_LAYER = [("first layer", 32, 128, 128), ("first layer", 1, 100, 16), ("decode", 64, 0, 1)]
+TO_ATTENTION = {"decode": (64, 1, 1024, 127), "one row's prefill": (1, 16, 100, 0), "prefill": (32, 128, 128, 0)}
+"""Rows, new tokens, virtual tokens and cached own ones."""
+
+
+def first_layers(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Llama-3.1-8B's first layer end to end, from token ids and the prompt to attention's result. "ours": the ops as
+    "auto" picks them, and a copy into the cache. "CUDA": the fused step, where 128 rows at most are one launch."""
+    sizes = (16, 11, 4, 2, 8) if smoke else (4096, 128256, 32, 8, 128)
+    small = {"decode": (3, 1, 5, 3), "one row's prefill": (1, 4, 3, 0)}
+    for name, counts in (small if smoke else TO_ATTENTION).items():
+        shape = LayerShape(*counts, *sizes)
+        layer = FirstLayer(shape, device, DTYPE)
+        exact = layer.widened(torch.float32)
+
+        def reference(inputs: dict[str, Tensor], exact: FirstLayer = exact) -> tuple[Tensor, ...]:
+            wide = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
+            return exact.operators(exact.with_copies(wide))
+
+        systems = {"ours": System(layer.ours), "CUDA": System(partial(layer.ours, backend="cuda"))}
+        if not shape.past:
+            systems["ours, prompt in every row"] = System(layer.concatenated)
+            systems["CUDA, prompt in every row"] = System(partial(layer.concatenated, backend="cuda"))
+        systems["PyTorch"] = System(layer.operators, layer.with_copies)
+        compiled = torch.compile(layer.operators, dynamic=False)
+        systems["PyTorch, compiled"] = System(compiled, layer.with_copies)
+        yield Case(
+            f"first layer to attention, {name} {shape}",
+            layer.make,
+            systems,
+            shape.flops,
+            2 * shape.numbers,
+            reference,
+            tolerance=2e-2,
+            bars=[
+                Bar("x of PyTorch, compiled", lambda row: row.speedup("PyTorch, comp"), at_least=1.3),
+                Bar(
+                    "CUDA: x of PyTorch, compiled",
+                    lambda row: row.seconds("PyTorch, compiled") / min(map(row.seconds, cuda_systems(row))),
+                    at_least=1.3,
+                ),
+            ],
+        )
+
+
+def cuda_systems(row: Row) -> list[str]:
+    """Those on our CUDA kernels that were timed; KeyError where there is none."""
+    if not (found := [name for name in row.samples if name.startswith("CUDA")]):
+        raise KeyError("CUDA")
+    return found
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------
@@ -567,6 +618,7 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "backward": backward,
     "prompt_concat": prompt_concat,
     "prompt_qkv": prompt_qkv,
+    "first_layer": first_layers,
     "merge_states": merge_states,
     "models": models,
     "training": training,

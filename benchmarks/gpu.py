@@ -74,6 +74,7 @@ GROUPS = {
     "backward": (25.0, "prefix_attention"),
     "prompt_concat": (15.0, "prompt_concat"),
     "prompt_qkv": (35.0, "prompt_qkv"),
+    "first_layer": (25.0, "prompt_qkv"),
     "merge_states": (10.0, "merge_states"),
     "models": (80.0, "models"),
     "training": (30.0, "training"),

@@ -193,7 +193,10 @@ def test_a_cache_changes_hands_between_fused_and_plain_passes() -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 99, torch.tensor([0, 5])], ids=str)
 def test_logits_to_keep(keep: Any) -> None:
-    check([m(ROWS[1].expand(2, -1), prompt="a", logits_to_keep=keep).logits for m in of_family("llama")])
+    models = of_family("llama")
+    for make_cache in CACHES.values():
+        options = {"prompt": "a", "logits_to_keep": keep}
+        check([m(ROWS[1].expand(2, -1), past_key_values=make_cache(), **options).logits for m in models])
 
 
 def test_more_rows_than_a_steps_take_the_backends_other_forms(launches: Launches) -> None:

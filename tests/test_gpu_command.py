@@ -51,11 +51,12 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
 
 
 def test_rows_are_checked_timed_and_written(tmp_path: Path) -> None:
-    done = command(tmp_path, "--only", "decode", "backward", "prompt_concat", "merge_states")
+    done = command(tmp_path, "--only", "decode", "backward", "prompt_concat", "first_layer", "merge_states")
     assert done.returncode == 0, done.stdout + done.stderr
     (first, *_, last) = rows_in(tmp_path, "prefix_attention")
     assert first["group"] == "decode" and last["group"] == "backward"
-    for row in (first, last, *rows_in(tmp_path, "prompt_concat"), *rows_in(tmp_path, "merge_states")):
+    others = [row for op in ("prompt_concat", "prompt_qkv", "merge_states") for row in rows_in(tmp_path, op)]
+    for row in (first, last, *others):
         assert len(row["samples"]["ours"]) == 3 and row["seconds"]["ours"]["median"] > 0
         assert row["errors"]["ours"] < 1e-2 and "ours" not in row["not_timed"]
     assert [bar["met"] for bar in first["bars"]] != [None, None]
