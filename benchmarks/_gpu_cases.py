@@ -552,6 +552,7 @@ def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: i
         tolerance=5e-2,
         seconds=4.0,
     )
+    yield step_case(name, model, batch, virtual, own)
     for tokens, what in ((1, "first token"), (new, f"{new} tokens")):
         greedy = {"max_new_tokens": tokens, "do_sample": False}
         static = {**greedy, "cache_implementation": "static"}
@@ -564,6 +565,78 @@ def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: i
                 lambda x, how=static: model.generate(x, prompt="p", **how), graph=False
             )
         yield Case(f"{name}: generate, {what}, {sizes}", make, systems, seconds=7.0)
+
+
+def step_case(name: str, model: Any, batch: int, virtual: int, own: int) -> Case:
+    """A decode step of all layers, in a graph but for transformers' own: its modules around our attention ("ours"),
+    and backend "cuda", which fuses the step of all but Qwen3. Every call steps back first."""
+    from transformers import DynamicCache
+
+    from softprompt_fast import SoftPromptModel
+    from softprompt_fast.cache import make_static_cache
+
+    base = model.base
+    prefix = model.compile_prompt("p")
+    ids = torch.randint(0, base.config.vocab_size, (batch, own), device=base.device)
+
+    def stepping(model: Any) -> System:
+        selected = model._select("p", None, batch)
+        cache = make_static_cache(base.config.num_hidden_layers, own + 8)
+        options = {"prompt": selected.packed, "prompt_index": selected.index, "past_key_values": cache}
+        model(ids, use_cache=True, **options)
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        before = [length.clone() for length in lengths]
+
+        def step(token: Tensor) -> Tensor:
+            torch._foreach_copy_(lengths, before)
+            return model(token, use_cache=True, **options).logits
+
+        return System(step)
+
+    def on_cuda_kernels() -> System:
+        cuda = SoftPromptModel(base, backend="cuda")
+        cuda.add_prompt("p", prefix)
+        return stepping(cuda)
+
+    def expanded_cache() -> DynamicCache:
+        cache = filled(DynamicCache(), prefix, batch)
+        base(ids, past_key_values=cache, attention_mask=visible(virtual + own))
+        return cache
+
+    def visible(columns: int) -> Tensor:
+        return torch.ones(batch, columns, dtype=torch.long, device=base.device)
+
+    def step_expanded(prepared: tuple[Tensor, DynamicCache]) -> Tensor:
+        token, cache = prepared
+        logits = base(token, past_key_values=cache, attention_mask=visible(virtual + own + 1)).logits
+        cache.crop(-1)
+        return logits
+
+    return Case(
+        f"{name}: a decode step, B{batch} P{virtual} T{own + 1}",
+        lambda: torch.randint(0, base.config.vocab_size, (batch, 1), device=base.device),
+        {
+            "ours": stepping(model),
+            "CUDA": deferred(on_cuda_kernels),
+            "transformers, expanded": System(step_expanded, lambda token: (token, expanded_cache()), graph=False),
+        },
+        reference=lambda token: step_expanded((token, expanded_cache())),
+        tolerance=5e-2,
+        bars=[Bar("CUDA, fused: x of ours", lambda row: 1 / row.speedup("CUDA"), at_least=1.1)]
+        * (name[:5] == "Llama"),
+        seconds=6.0,
+    )
+
+
+def deferred(make: Callable[[], System]) -> System:
+    """A system that is made when it is first prepared, where what it lacks is a reason and no end."""
+    made: list[System] = []
+
+    def prepare(inputs: Any) -> Any:
+        made.extend([] if made else [make()])
+        return made[0].prepare(inputs)
+
+    return System(lambda prepared: made[0].call(prepared), prepare)
 
 
 def training(device: torch.device, smoke: bool) -> Iterator[Case]:

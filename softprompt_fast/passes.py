@@ -20,7 +20,8 @@ from softprompt_fast.cache import OwnTokenCache, adopt
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
-from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
+from softprompt_fast.integrations.decoder_pass import CppDecoder
+from softprompt_fast.integrations.fused_decoder import LazyDecoder
 from softprompt_fast.integrations.head import BaseHead, LazyHead
 from softprompt_fast.losses import Terms, padding_columns
 from softprompt_fast.packed import Packed
@@ -274,12 +275,12 @@ class PrefixedPasses:
         self.limit.check(int(own[row] + virtual[row]), int(virtual[row]))
 
     def _runs_in_parts(self, options: dict[str, Any]) -> bool:
-        """Whether a loss alone is better had from the base's decoder and head apart: not where the fused decoder may
+        """Whether a loss alone is better had from the base's decoder and head apart: not where the C++ decoder may
         serve, which has both, nor where `options` ask for what only the whole gives."""
         asked = {name for name, value in options.items() if value is not None and value is not False}
         if torch.compiler.is_compiling() or asked - {"position_ids", "output_hidden_states", "output_attentions"}:
             return False
-        return torch.is_grad_enabled() or not isinstance(self.fused.get(self._backend), FusedDecoder)
+        return torch.is_grad_enabled() or not isinstance(self.fused.get(self._backend), CppDecoder)
 
     def explain(self, training: bool) -> Explanation:
         """The path of every layer, in training mode or not; see :func:`softprompt_fast.explain`."""

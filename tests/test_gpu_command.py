@@ -70,7 +70,7 @@ def test_models(tmp_path: Path) -> None:
     done = command(tmp_path, "--only", "models")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_in(tmp_path, "models")
-    assert len(rows) == 9 and all(row["samples"]["ours"] and not row["not_timed"] for row in rows)
+    assert len(rows) == 12 and all(row["samples"]["ours"] and not row["not_timed"] for row in rows)
 
 
 def test_training(tmp_path: Path) -> None:

@@ -244,6 +244,37 @@ class CppDecoder(FusedDecoder):
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
+class _Product:
+    """A library's product with a module's weight, held as it is: looking it up would take a launch's time."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._weight = linear.weight.detach()
+        self._transposed = self._weight.t()
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def add(self, to: Tensor, x: Tensor) -> Tensor:
+        """Added to `to` in place: rounded once, in the product's own launch (a bias takes another)."""
+        to.addmm_(x, self._transposed)
+        return to if self._bias is None else to.add_(self._bias)
+
+
+class _Products(NamedTuple):
+    """Of one layer, behind attention."""
+
+    output: _Product
+    gate: _Product
+    up: _Product
+    down: _Product
+
+    @classmethod
+    def of(cls, layer: LayerParts) -> _Products:
+        mlp = layer.mlp
+        return cls(*map(_Product, (layer.attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+
+
 class CudaDecoder(FusedDecoder):
     """Backend "cuda" for a base in bfloat16 or float16: one launch from hidden states (in the first layer from token
     ids) to queries and the cache, one for attention, and a library's products behind it, seven launches.
@@ -273,6 +304,8 @@ class CudaDecoder(FusedDecoder):
             raise UnservedError("its queries and keys are normalised, which the CUDA kernel does not do")
         self._weights = [[linear.weight.detach() for linear in layer.qkv] for layer in parts.layers]
         self._biases = [_biases(layer) for layer in parts.layers]
+        self._products = [_Products.of(layer) for layer in parts.layers]
+        self._head, self._activation = _Product(parts.head), ACTIVATIONS[parts.activation]
         for layer, weights, biases in zip(parts.layers, self._weights, self._biases, strict=True):
             rows = (embed.weight.detach(), None, None)
             heads = (parts.q_heads, parts.kv_heads, "rms", layer.norm.weight, None)
@@ -322,17 +355,13 @@ class CudaDecoder(FusedDecoder):
             torch._foreach_add_(filled, length)
 
     def _behind(self, i: int, attended: Tensor, x: Tensor) -> Tensor:
-        layer = self._parts.layers[i]
-        mlp = layer.mlp
-        _add_linear(x, attended, layer.attention.o_proj)
-        normed = _rms_norm(x, layer.mlp_norm)
-        gate = ACTIVATIONS[self._parts.activation](F.linear(normed, mlp.gate_proj.weight, mlp.gate_proj.bias))
-        gate *= F.linear(normed, mlp.up_proj.weight, mlp.up_proj.bias)
-        return _add_linear(x, gate, mlp.down_proj)
+        products = self._products[i]
+        normed = _rms_norm(products.output.add(x, attended), self._parts.layers[i].mlp_norm)
+        inner = self._activation(products.gate(normed)).mul_(products.up(normed))
+        return products.down.add(x, inner)
 
     def _logits(self, x: Tensor) -> Tensor:
-        head = self._parts.head
-        return F.linear(_rms_norm(x, self._parts.norm), head.weight, head.bias)
+        return self._head(_rms_norm(x, self._parts.norm))
 
 
 def _biases(layer: LayerParts) -> list[Tensor] | None:
@@ -348,9 +377,3 @@ def _rms_norm(x: Tensor, norm: Norm) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
     # Rounded once, as gemma's own: its weights are distances from 1, of which 16 bits would keep little.
     return (F.rms_norm(x.float(), x.shape[-1:], None, norm.eps) * (weight.float() + norm.offset)).to(x.dtype)
-
-
-def _add_linear(to: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-    """``to += linear(x)``, rounded once, in the product's own launch."""
-    to.addmm_(x, linear.weight.t())
-    return to if linear.bias is None else to.add_(linear.bias)

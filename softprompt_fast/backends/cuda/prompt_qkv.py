@@ -16,6 +16,7 @@ from torch import Tensor
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.cuda import _runtime
 from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.norm import KINDS
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
 many_rows: Any
@@ -25,7 +26,6 @@ except ImportError:
     many_rows = torch_backend
 
 _cuda = _runtime._cuda
-_KINDS = {"none": 0, "rms": 1, "layer": 2}
 
 backward = many_rows.backward
 
@@ -138,7 +138,7 @@ def into_cache(
         scale,
         prompt_scale,
         left,
-        (_KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
+        (KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
         (q_heads, kv_heads, query.shape[3], value.shape[3]),
         tuple(view(x, 2) for x in weights),
         None if split is None else tuple(view(x, 1) for x in split),
