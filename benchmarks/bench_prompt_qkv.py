@@ -30,8 +30,8 @@ SIZES = (WIDTH, VOCABULARY, Q_HEADS, KV_HEADS, HEAD_DIM)
 FIRST_LAYERS = {
     "decode-b1": Shape(1, 1, 512, 31, *SIZES),
     "decode-b32": Shape(32, 1, 512, 31, *SIZES),
-    "prefill-b1-s32-p100": Shape(1, 32, 100, 0, *SIZES),
-    "prefill-b16-s32-p100": Shape(16, 32, 100, 0, *SIZES),
+    "b1-s32-p100": Shape(1, 32, 100, 0, *SIZES),
+    "b16-s32-p100": Shape(16, 32, 100, 0, *SIZES),
 }
 
 

@@ -110,7 +110,7 @@ class FusedDecoder(ABC):
             if i == len(parts.layers) - 1 and isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
                 # Behind the last layer's keys and values only the positions that give logits matter.
                 query = query[:, :, length - logits_to_keep :]
-                x = x.view(batch, length, -1)[:, length - logits_to_keep :].flatten(0, 1).contiguous()
+                x = x.view(batch, length, x.shape[-1])[:, length - logits_to_keep :].flatten(0, 1).contiguous()
                 if rows[-1] is not None:
                     rows = (*rows[:-1], rows[-1] + (length - logits_to_keep))
             attended, _ = self._attend(
@@ -134,7 +134,7 @@ class FusedDecoder(ABC):
                 scratch.crop(-length)
         self._end(cache, length)
         if isinstance(logits_to_keep, Tensor):
-            x = x.view(batch, length, -1)[:, logits_to_keep].flatten(0, 1)
+            x = x.view(batch, length, x.shape[-1])[:, logits_to_keep].flatten(0, 1)
         return self._logits(x).view(batch, -1, parts.head.out_features)
 
     @abstractmethod
@@ -218,7 +218,7 @@ class CppDecoder(FusedDecoder):
         places = (batch, parts.kv_heads, length, parts.head_dim)
         new_keys, new_values, keys, values = extend(own, x, places, parts.head_dim)
         query = self._into_cache(
-            x.view(batch, length, -1),
+            x.view(batch, length, x.shape[-1]),
             layer.norm,
             self._packed[i].qkv,
             parts.q_heads,
@@ -329,7 +329,9 @@ class CudaDecoder(FusedDecoder):
         else:
             new_keys, new_values, keys, values = own.extend(like, places, parts.head_dim)
         norm, table = parts.layers[i].norm, None if x.is_floating_point() else self._table
-        source = (x.view(batch, length, -1), None, None) if table is None else (x, table, table[:0])  # no prompt
+        source = (
+            (x.view(batch, length, x.shape[-1]), None, None) if table is None else (x, table, table[:0])
+        )  # no prompt
         rows = (*source, None, None, None, 0, 1.0, 1.0)
         layer = (parts.q_heads, parts.kv_heads, "rms", norm.weight, None, norm.offset, norm.eps, cos, sin, False)
         weights, biases = self._weights[i], self._biases[i]
