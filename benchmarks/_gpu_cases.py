@@ -21,6 +21,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from _bases import MODELS, make_base
+from _first_layer import FirstLayer
+from _first_layer import Shape as LayerShape
 from _gpu import Bar, Case, Row, System
 from _harness import ratio
 from _peers import expanded, filled, flashinfer_cascade, flex_attention, generation_peers, hydragen, with_mask
@@ -571,6 +573,55 @@ def prompt_qkv(device: torch.device, smoke: bool) -> Iterator[Case]:
 
 # The short prompt is few enough rows for one kernel from token ids to q, k and v.
 FIRST_LAYER = [("first layer", 32, 128, 128), ("first layer", 1, 100, 16), ("decode", 64, 0, 1)]
+TO_ATTENTION = {"decode": (64, 1, 1024, 127), "one row's prefill": (1, 16, 100, 0), "prefill": (32, 128, 128, 0)}
+"""Rows, new tokens, virtual tokens and cached own ones."""
+
+
+def first_layers(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Llama-3.1-8B's first layer end to end, from token ids and the prompt to attention's result. "ours": the ops as
+    "auto" picks them, and a copy into the cache. "CUDA": the fused step, where 128 rows at most are one launch."""
+    sizes = (16, 11, 4, 2, 8) if smoke else (4096, 128256, 32, 8, 128)
+    small = {"decode": (3, 1, 5, 3), "one row's prefill": (1, 4, 3, 0)}
+    for name, counts in (small if smoke else TO_ATTENTION).items():
+        shape = LayerShape(*counts, *sizes)
+        layer = FirstLayer(shape, device, DTYPE)
+        exact = layer.widened(torch.float32)
+
+        def reference(inputs: dict[str, Tensor], exact: FirstLayer = exact) -> tuple[Tensor, ...]:
+            wide = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
+            return exact.operators(exact.with_copies(wide))
+
+        systems = {"ours": System(layer.ours), "CUDA": System(partial(layer.ours, backend="cuda"))}
+        if not shape.past:
+            systems["ours, prompt in every row"] = System(layer.concatenated)
+            systems["CUDA, prompt in every row"] = System(partial(layer.concatenated, backend="cuda"))
+        systems["PyTorch"] = System(layer.operators, layer.with_copies)
+        compiled = torch.compile(layer.operators, dynamic=False)
+        systems["PyTorch, compiled"] = System(compiled, layer.with_copies)
+        yield Case(
+            f"first layer to attention, {name} {shape}",
+            layer.make,
+            systems,
+            shape.flops,
+            2 * shape.numbers,
+            reference,
+            tolerance=2e-2,
+            bars=[
+                Bar("x of PyTorch, compiled", lambda row: row.speedup("PyTorch, comp"), at_least=1.3),
+                Bar(
+                    "CUDA: x of PyTorch, compiled",
+                    lambda row: row.seconds("PyTorch, compiled") / min(map(row.seconds, cuda_systems(row))),
+                    at_least=1.3,
+                ),
+            ],
+        )
+
+
+def cuda_systems(row: Row) -> list[str]:
+    """Those on our CUDA kernels that were timed; KeyError where there is none."""
+    if not (found := [name for name in row.samples if name.startswith("CUDA")]):
+        raise KeyError("CUDA")
+    return found
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------
@@ -623,6 +674,7 @@ def model_cases(name: str, base: Any, batch: int, virtual: int, own: int, new: i
         tolerance=5e-2,
         seconds=4.0,
     )
+    yield step_case(name, model, batch, virtual, own)
     for tokens, what in ((1, "first token"), (new, f"{new} tokens")):
         greedy = {"max_new_tokens": tokens, "do_sample": False}
         static = {**greedy, "cache_implementation": "static"}
@@ -683,6 +735,78 @@ def generate_case(name: str, batch: int, virtual: int, own: int, new: int, devic
     )
 
 
+def step_case(name: str, model: Any, batch: int, virtual: int, own: int) -> Case:
+    """A decode step of all layers, in a graph but for transformers' own: its modules around our attention ("ours"),
+    and backend "cuda", which fuses the step of all but Qwen3. Every call steps back first."""
+    from transformers import DynamicCache
+
+    from softprompt_fast import SoftPromptModel
+    from softprompt_fast.cache import make_static_cache
+
+    base = model.base
+    prefix = model.compile_prompt("p")
+    ids = torch.randint(0, base.config.vocab_size, (batch, own), device=base.device)
+
+    def stepping(model: Any) -> System:
+        selected = model._select("p", None, batch)
+        cache = make_static_cache(base.config.num_hidden_layers, own + 8)
+        options = {"prompt": selected.packed, "prompt_index": selected.index, "past_key_values": cache}
+        model(ids, use_cache=True, **options)
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        before = [length.clone() for length in lengths]
+
+        def step(token: Tensor) -> Tensor:
+            torch._foreach_copy_(lengths, before)
+            return model(token, use_cache=True, **options).logits
+
+        return System(step)
+
+    def on_cuda_kernels() -> System:
+        cuda = SoftPromptModel(base, backend="cuda")
+        cuda.add_prompt("p", prefix)
+        return stepping(cuda)
+
+    def expanded_cache() -> DynamicCache:
+        cache = filled(DynamicCache(), prefix, batch)
+        base(ids, past_key_values=cache, attention_mask=visible(virtual + own))
+        return cache
+
+    def visible(columns: int) -> Tensor:
+        return torch.ones(batch, columns, dtype=torch.long, device=base.device)
+
+    def step_expanded(prepared: tuple[Tensor, DynamicCache]) -> Tensor:
+        token, cache = prepared
+        logits = base(token, past_key_values=cache, attention_mask=visible(virtual + own + 1)).logits
+        cache.crop(-1)
+        return logits
+
+    return Case(
+        f"{name}: a decode step, B{batch} P{virtual} T{own + 1}",
+        lambda: torch.randint(0, base.config.vocab_size, (batch, 1), device=base.device),
+        {
+            "ours": stepping(model),
+            "CUDA": deferred(on_cuda_kernels),
+            "transformers, expanded": System(step_expanded, lambda token: (token, expanded_cache()), graph=False),
+        },
+        reference=lambda token: step_expanded((token, expanded_cache())),
+        tolerance=5e-2,
+        bars=[Bar("CUDA, fused: x of ours", lambda row: 1 / row.speedup("CUDA"), at_least=1.1)]
+        * (name[:5] == "Llama"),
+        seconds=6.0,
+    )
+
+
+def deferred(make: Callable[[], System]) -> System:
+    """A system that is made when it is first prepared, where what it lacks is a reason and no end."""
+    made: list[System] = []
+
+    def prepare(inputs: Any) -> Any:
+        made.extend([] if made else [make()])
+        return made[0].prepare(inputs)
+
+    return System(lambda prepared: made[0].call(prepared), prepare)
+
+
 def training(device: torch.device, smoke: bool) -> Iterator[Case]:
     """A step of prompt tuning: PEFT's with the prompt in every row, at once and in micro-batches, as the logits of a
     whole batch may not fit."""
@@ -737,6 +861,7 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "backward": backward,
     "prompt_concat": prompt_concat,
     "prompt_qkv": prompt_qkv,
+    "first_layer": first_layers,
     "merge_states": merge_states,
     "models": models,
     "generate": generate,

@@ -48,7 +48,7 @@ OP_FILES = [f"tests/ops/test_{op}.py" for op in ("prefix_attention", "merge_stat
 OP_FILES += ["tests/test_gpu.py"]
 # The most telling first, should time run out.
 MODEL_STEMS = (
-    *("model", "generate", "cache", "nn", "losses", "training"),
+    *("cuda_step", "model", "generate", "cache", "nn", "losses", "training"),
     *("bank", "bank_tiers", "bank_random", "concurrency", "compile", "encoder", "autocast", "continuous_batching"),
 )
 MODEL_FILES = [f"tests/test_{name}.py" for name in MODEL_STEMS]
@@ -76,7 +76,9 @@ class Rows:
 STAGES: dict[str, Tests | Rows | None] = {
     "build": None,
     "CUDA-kernels": Tests(KERNEL_FILES, 60.0),
-    "rows": Rows(("decode", "prompts", "prompt_qkv", "prompt_concat", "merge_states", "prefill", "backward")),
+    "rows": Rows(
+        ("decode", "prompts", "prompt_qkv", "first_layer", "prompt_concat", "merge_states", "prefill", "backward")
+    ),
     "tiles-of-64": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_TILE": "64"}),
     "192-prefix-blocks": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "192"}),
     "256-prefix-blocks": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "256"}),
@@ -115,6 +117,7 @@ GROUPS = {
     "prompts": 20.0,
     "settings": 12.0,
     "prompt_qkv": 30.0,
+    "first_layer": 20.0,
     "prompt_concat": 15.0,
     "merge_states": 8.0,
     "prefill": 30.0,

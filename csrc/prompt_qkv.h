@@ -26,6 +26,10 @@ struct PromptQkv {
   int64_t rotation;  // R, even; 0: none
   bool interleaved;
   Tensor out[3];  // q, k, v: [B, heads, slots + S, dim], any strides
+  // Of a cache whose filled part only the device knows: one value, the first place to fill of the
+  // `capacity` that k and v then have. Null: k and v are the places themselves.
+  Index start;
+  int64_t capacity;
 };
 
 }  // namespace softprompt_fast

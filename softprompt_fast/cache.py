@@ -178,18 +178,28 @@ def drop_first_token(cache: Cache) -> None:
 def extend(
     layer: Any, like: torch.Tensor, shape: Sequence[int], value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:meth:`GrowingLayer.extend` for it or a StaticLayer, of which all entries are the whole buffer."""
+    """:meth:`GrowingLayer.extend` for it or a StaticLayer, of which all entries are the whole buffer. Off the CPU the
+    latter waits for the device."""
     if isinstance(layer, GrowingLayer):
         return layer.extend(like, shape, value_dim)
-    batch, heads, length, key_dim = shape
-    if not layer.is_initialized:
-        layer.lazy_initialization(like.new_empty(batch, heads, 0, key_dim), like.new_empty(batch, heads, 0, value_dim))
-    start = int(layer.cumulative_length)
+    keys, values = static_buffers(layer, like, shape, value_dim)
+    start, length = int(layer.cumulative_length), shape[2]
     layer.cumulative_length.add_(length)
     new = slice(start, start + length)
+    return keys[:, :, new], values[:, :, new], keys, values
+
+
+def static_buffers(
+    layer: StaticLayer, like: torch.Tensor, shape: Sequence[int], value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, Hkv, capacity, .]`` of a StaticLayer, made at its first use; arguments as of
+    :func:`extend`."""
+    batch, heads, _, key_dim = shape
+    if not layer.is_initialized:
+        layer.lazy_initialization(like.new_empty(batch, heads, 0, key_dim), like.new_empty(batch, heads, 0, value_dim))
     _check_buffer(layer.keys, like, heads, key_dim)
     _check_buffer(layer.values, like, heads, value_dim)
-    return layer.keys[:, :, new], layer.values[:, :, new], layer.keys, layer.values
+    return layer.keys, layer.values
 
 
 def _check_buffer(buffer: torch.Tensor, like: torch.Tensor, heads: int, width: int) -> None:

@@ -13,8 +13,8 @@ from softprompt_fast.backends._registry import available_backends, requested
 @dataclass(frozen=True)
 class LayerPath:
     """One layer: ``path`` is "shared prefix" or "expanded prefix", with ", fused decoder" (of a model in training mode
-    ", fused training") where the whole layer runs in C++; ``backend`` serves its op; ``reason`` says why a slower path
-    was taken (empty where the best one was)."""
+    ", fused training") where the whole layer runs without the base's modules; ``backend`` serves its op; ``reason``
+    says why a slower path was taken (empty where the best one was)."""
 
     layer: int
     path: str

@@ -20,7 +20,8 @@ from softprompt_fast.cache import OwnTokenCache, adopt
 from softprompt_fast.explanation import Explanation, LayerPath, serving_backend
 from softprompt_fast.integrations import probe
 from softprompt_fast.integrations import transformers as hooks
-from softprompt_fast.integrations.fused_decoder import FusedDecoder, LazyDecoder
+from softprompt_fast.integrations.decoder_pass import CppDecoder
+from softprompt_fast.integrations.fused_decoder import LazyDecoder
 from softprompt_fast.integrations.head import BaseHead, LazyHead
 from softprompt_fast.losses import Terms, padding_columns
 from softprompt_fast.packed import Packed
@@ -226,8 +227,7 @@ class PrefixedPasses:
                 return LabelledStates(passes.own(hidden, positions, context, labelled), passes.head)
         fused = self.fused.serving(inputs_embeds, context, cache, kwargs) if head is None else None
         if fused is not None:
-            hidden = fused.embed(input_ids) if inputs_embeds is None else inputs_embeds
-            logits = fused(hidden, positions, context, cache, logits_to_keep)
+            logits = fused(given, positions, context, cache, logits_to_keep)
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
             # As a slice the kept states stay strided, and the head's matmul then runs row by row, reading its weight
@@ -275,12 +275,12 @@ class PrefixedPasses:
         self.limit.check(int(own[row] + virtual[row]), int(virtual[row]))
 
     def _runs_in_parts(self, options: dict[str, Any]) -> bool:
-        """Whether a loss alone is better had from the base's decoder and head apart: not where the fused decoder may
+        """Whether a loss alone is better had from the base's decoder and head apart: not where the C++ decoder may
         serve, which has both, nor where `options` ask for what only the whole gives."""
         asked = {name for name, value in options.items() if value is not None and value is not False}
         if torch.compiler.is_compiling() or asked - {"position_ids", "output_hidden_states", "output_attentions"}:
             return False
-        return torch.is_grad_enabled() or not isinstance(self.fused.get(self._backend), FusedDecoder)
+        return torch.is_grad_enabled() or not isinstance(self.fused.get(self._backend), CppDecoder)
 
     def explain(self, training: bool) -> Explanation:
         """The path of every layer, in training mode or not; see :func:`softprompt_fast.explain`."""
@@ -289,7 +289,7 @@ class PrefixedPasses:
             path, backend, reason = "expanded prefix", "transformers", self.why_expanded
         else:
             backend, reason = serving_backend("prefix_attention", self._base.device.type, self._backend)
-            if backend == "cpu":
+            if backend in ("cpu", "cuda"):
                 # What training calls take, or what all others do: planning that packs the weights.
                 get, kind = (self.fused.get_training, "training") if training else (self.fused.get, "decoder")
                 fused = get(self._backend)

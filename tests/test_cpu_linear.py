@@ -14,8 +14,9 @@ EXTENSION, WHY_NOT = native.load()
 if EXTENSION is None:
     pytest.skip(f"C++ extension: {WHY_NOT}", allow_module_level=True)
 
-from softprompt_fast.backends.cpu._linear import Norm, PackedLinear, gated_mlp, linear  # noqa: E402
+from softprompt_fast.backends.cpu._linear import PackedLinear, gated_mlp, linear  # noqa: E402
 from softprompt_fast.backends.cpu.prompt_qkv import into_cache  # noqa: E402
+from softprompt_fast.backends.norm import Norm  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, columns in, columns out: one row, whole panels, rests of every kind, several depth blocks.

@@ -19,7 +19,7 @@ if EXTENSION is None:
     pytest.skip(f"C++ extension: {WHY_NOT}", allow_module_level=True)
 
 from softprompt_fast.backends.cpu import _training as training  # noqa: E402
-from softprompt_fast.backends.cpu._linear import Norm  # noqa: E402
+from softprompt_fast.backends.norm import Norm  # noqa: E402
 
 # Rows, depth, columns: one row, whole panels, rests of every kind, several row blocks and blocks of depth.
 SHAPES = [(1, 64, 96), (3, 20, 33), (9, 129, 1), (33, 33, 70), (300, 40, 65), (5, 2100, 40), (0, 8, 8), (2, 1, 3)]

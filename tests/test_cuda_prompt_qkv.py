@@ -14,6 +14,7 @@ from softprompt_fast import ops
 from softprompt_fast.backends import heuristics, native
 from softprompt_fast.backends._registry import BackendError
 from softprompt_fast.testing import assert_within_noise, poisoned_memory
+from tests.device import cpu_only
 
 module, reason = native.load_cuda()
 pytestmark = pytest.mark.skipif(module is None, reason=f"CUDA kernels: {reason}")
@@ -145,6 +146,38 @@ def test_keys_and_values_go_where_they_stay() -> None:
     for x, y in zip((query, key, value), want, strict=False):
         assert torch.equal(x, y)
     assert cache[:, :, :, :3].eq(7).all() and cache[:, :, :, 7:].eq(7).all()
+
+
+def into_static(start: int, capacity: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Keys and values of 4 tokens appended behind `start` in a cache of `capacity`, and what they should be."""
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    call = make(torch.bfloat16)
+    want = ops.prompt_qkv(**call, backend="cuda")
+    cache = torch.full((2, 3, 2, capacity, 8), 7.0).to(torch.bfloat16)  # [key or value, B, Hkv, T, D]
+    query = torch.empty(3, 4, 4, 8, dtype=torch.bfloat16)
+    layer = (4, 2, "rms", call["norm_weight"], None, 0.0, 1e-6, call["cos"], call["sin"], False)
+    rows = (call["tokens"], None, None, None, None, None, 0, 1.0, 1.0, True)
+    results = (query, cache[0], cache[1], None, torch.tensor([start]))
+    prompt_qkv.into_cache(*rows, call["weight"], None, *layer, *results)
+    assert torch.equal(query, want[0])
+    return want[1:3], cache
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+def test_a_static_cache_is_filled_where_a_tensor_says(start: int) -> None:
+    want, cache = into_static(start, 9)
+    for x, y in zip(cache, want, strict=True):
+        assert torch.equal(x[:, :, start : start + 4], y)
+        assert x[:, :, :start].eq(7).all() and x[:, :, start + 4 :].eq(7).all()
+
+
+@cpu_only
+@pytest.mark.parametrize("start", [6, -1])
+def test_a_static_cache_without_room_is_an_assertion_and_no_wild_store(start: int) -> None:
+    """On a GPU it ends the process's use of the device, so it is tested here alone."""
+    with pytest.raises(RuntimeError, match="a static cache has no room for the new tokens"):
+        into_static(start, 9)
 
 
 @pytest.mark.parametrize(

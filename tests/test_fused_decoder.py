@@ -35,7 +35,7 @@ NAMES = ["a", None, "b"]
 
 def switch_off(model: SoftPromptModel) -> SoftPromptModel:
     """The same model on the path of old."""
-    model._fused._plan = "switched off by a test"
+    model._fused._plans = dict.fromkeys(("cpu", "cuda"), "switched off by a test")
     return model
 
 
@@ -533,7 +533,7 @@ def test_threads_plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = make_model(), switch_off(make_model())
     plans = []
     make_plan = fused_decoder.plan
-    monkeypatch.setattr(fused_decoder, "plan", lambda base: plans.append(base) or make_plan(base))
+    monkeypatch.setattr(fused_decoder, "plan", lambda base, *how: plans.append(base) or make_plan(base, *how))
     expected = {name: plain(ROWS[1][None], prompt=name).logits for name in NAMES}
     found: list[tuple[str | None, torch.Tensor]] = []
     start = threading.Barrier(9)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from models import Oracle, make_model, make_rows, pad_rows
 from torch import Tensor
 
-from softprompt_fast import ops
+from softprompt_fast import SoftPromptModel, ops
 from softprompt_fast.backends import native
 from softprompt_fast.cache import make_static_cache
 from softprompt_fast.reference.prefix_attention import prefix_attention as reference
@@ -24,9 +24,8 @@ from softprompt_fast.testing import AttentionInputs, assert_within_noise, attent
 from tests.device import DEVICE, gpu_only
 
 pytestmark = gpu_only
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(native.load_cuda()[0] is None, reason="no CUDA kernels are built")
-)
+CUDA_BUILT = pytest.mark.skipif(native.load_cuda()[0] is None, reason="no CUDA kernels are built")
+CUDA = pytest.param("cuda", marks=CUDA_BUILT)
 BACKENDS = ["triton", "torch", CUDA]
 B, CAPACITY = 3, 64
 
@@ -242,9 +241,51 @@ def test_a_graph_holds_a_models_decode_step() -> None:
     assert torch.cat(found, 1).tolist() == expected
 
 
+def fused_model(dtype: torch.dtype) -> SoftPromptModel:
+    """On the CUDA backend's fused decoder (tests/test_cuda_step.py has its results)."""
+    model = make_model(backend="cuda").to(dtype)
+    assert {layer.path for layer in model.explain().layers} == {"shared prefix, fused decoder"}, model.explain()
+    return model
+
+
+@CUDA_BUILT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_graph_holds_a_fused_decode_step(dtype: torch.dtype) -> None:
+    """Replayed over a static cache it gives the bits of eager steps, from token ids on."""
+    model = fused_model(dtype)
+    ids, mask = pad_rows(make_rows([4, 7, 2]), "left")
+    results = []
+    with torch.no_grad():
+        selected = model._select(["a", None, "b"], None, 3)
+        for graphed in (False, True):
+            cache, token = make_static_cache(2, 40), torch.full((3, 1), 5)
+            options: dict[str, Any] = {"prompt": selected.packed, "prompt_index": selected.index, "use_cache": True}
+            options |= {"own_start": (mask == 0).sum(1).int(), "past_key_values": cache}
+            model(ids, **options)
+            step, logits = None, None
+            if graphed:
+                kept = [layer.cumulative_length.clone() for layer in cache.layers]
+                step, logits = captured(lambda token=token, options=options: model(token, **options).logits)
+                for layer, length in zip(cache.layers, kept, strict=True):
+                    layer.cumulative_length.copy_(length)
+            found = []
+            for _ in range(6):
+                if step is None:
+                    logits = model(token, **options).logits
+                else:
+                    step.replay()
+                found.append(logits.clone())
+                token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+            assert int(cache.get_seq_length()) == 13
+            results.append([*found, *(layer.keys.clone() for layer in cache.layers)])
+    for eager, replayed in zip(*results, strict=True):
+        assert torch.equal(eager, replayed)
+
+
+@pytest.mark.parametrize("kind", ["modules", pytest.param("fused", marks=CUDA_BUILT)])
 @pytest.mark.parametrize("cache", ["growing", "static"])
-def test_a_models_decode_step_waits_for_nothing(cache: str) -> None:
-    model = make_model()
+def test_a_models_decode_step_waits_for_nothing(cache: str, kind: str) -> None:
+    model = make_model() if kind == "modules" else fused_model(torch.bfloat16)
     ids, mask = pad_rows(make_rows([4, 7, 2]), "left")
     with torch.no_grad():
         selected = model._select(["a", None, "b"], None, 3)

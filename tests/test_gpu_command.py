@@ -62,10 +62,10 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
 
 
 def test_rows_are_checked_timed_and_written(tmp_path: Path) -> None:
-    groups = ("decode", "prompts", "backward", "prompt_concat", "merge_states")
+    groups = ("decode", "prompts", "backward", "prompt_concat", "first_layer", "merge_states")
     done = command(tmp_path, "--only", *groups)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [len(rows_in(tmp_path, group)) for group in groups] == [5, 1, 1, 2, 1]
+    assert [len(rows_in(tmp_path, group)) for group in groups] == [5, 1, 1, 2, 2, 1]
     first, *_ = rows = [row for group in groups for row in rows_in(tmp_path, group)]
     assert native.load_cuda()[0] is None or first["backend"] == "cuda"
     for row in rows:
@@ -92,7 +92,7 @@ def test_models(tmp_path: Path) -> None:
     done = command(tmp_path, "--only", "models")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_in(tmp_path, "models")
-    assert len(rows) == 9 and all(row["samples"]["ours"] and not row["not_timed"] for row in rows)
+    assert len(rows) == 12 and all(row["samples"]["ours"] and not row["not_timed"] for row in rows)
 
 
 def test_training(tmp_path: Path) -> None:

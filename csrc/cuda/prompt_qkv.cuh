@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(kQkvThreads, 1) prompt_qkv(const __grid_consta
   }
   __syncthreads();
 
+  const int64_t start = op.start ? load_index(op.start, 0) : 0;
   for (int i = thread; i < kRows * 8 * groups; i += kQkvThreads) {
     const int row = i / (8 * groups), j = i % (8 * groups), line = first_line + row;
     const ColumnPair pair = column_pair(op, first_pair + j);
@@ -270,9 +271,15 @@ __global__ void __launch_bounds__(kQkvThreads, 1) prompt_qkv(const __grid_consta
       y = y * angle(op.cos, second) + x * angle(op.sin, second);
       x = turned;
     }
+    const int64_t place = pair.which ? start + slot : slot;
+    if (pair.which && op.start) {
+      const bool room = place >= 0 && place < op.capacity;
+      device_assert(room, "a static cache has no room for the new tokens");
+      if (!room) continue;
+    }
     const Tensor& out = op.out[pair.which];
     T* to = as_global((T*)out.data) + b * out.stride[0] + pair.head * out.stride[1] +
-            slot * out.stride[2];
+            place * out.stride[2];
     to[pair.first * out.stride[3]] = from_float<T>(x);
     to[pair.second * out.stride[3]] = from_float<T>(y);
   }

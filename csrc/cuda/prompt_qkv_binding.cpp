@@ -20,12 +20,13 @@ void read_three(const char* name, py::handle given, int64_t dimensions, bool use
 }
 
 // norm: (kind, weight, bias, offset, eps). heads: (q_heads, kv_heads, head_dim, value_dim).
-// rotation: (cos, sin, R, interleaved) or None.
+// rotation: (cos, sin, R, interleaved) or None. start: where in a cache of `capacity` places k and
+// v go on, or None.
 void prompt_qkv(py::handle ids, py::handle tokens, py::handle table, py::handle prompt,
                 py::handle residual, const py::tuple& sizes, const py::tuple& rows, double scale,
                 double prompt_scale, bool left, const py::tuple& norm, const py::tuple& heads,
                 py::handle weights, py::handle biases, py::handle rotation, py::handle results,
-                py::handle queue) {
+                py::handle start, int64_t capacity, py::handle queue) {
   PromptQkv op = {};
   op.concat =
       as_prompt_concat(ids, tokens, table, prompt, residual, sizes, scale, prompt_scale, false);
@@ -69,6 +70,10 @@ void prompt_qkv(py::handle ids, py::handle tokens, py::handle table, py::handle 
                           "rotation: expected an even number up to ", op.head_dim, ", found ",
                           op.rotation);
   }
+  op.start = as_index("start", start);
+  op.capacity = capacity;
+  SOFTPROMPT_FAST_CHECK(!op.start || op.start.size == 1, "start: expected one value, found ",
+                        op.start.size);
   run_prompt_qkv(op, as_queue(queue));
 }
 

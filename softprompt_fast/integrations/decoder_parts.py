@@ -7,9 +7,9 @@ its norms and activation compute); each pass has to prove besides that it comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers import PreTrainedModel
 
+from softprompt_fast.backends.norm import Norm
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.ops._checks import check_index, check_offsets, check_range
 from softprompt_fast.versions import optimizer_steps
-
-if TYPE_CHECKING:
-    from softprompt_fast.backends.cpu._linear import Norm
 
 _SLEEPING = "transformers.utils.output_capturing"
 _GLOBAL_HOOKS = [f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")]
@@ -30,7 +28,7 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -43,8 +41,7 @@ class UnservedError(Exception):
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One layer's modules, its norms as the kernels take them (``Norm`` of ``backends/cpu/_linear.py``), and what it
-    asks of attention."""
+    """One layer's modules, its norms as the kernels take them, and what it asks of attention."""
 
     attention: Any
     mlp: Any
@@ -56,6 +53,10 @@ class LayerParts:
     sliding_window: int | None
     softcap: float | None
 
+    @property
+    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.attention.q_proj, self.attention.k_proj, self.attention.v_proj
+
 
 class DecoderParts:
     """A llama-like decoder taken apart.
@@ -66,7 +67,6 @@ class DecoderParts:
 
     Raises:
         UnservedError: the layers are not of one kind, or compute something else.
-        ImportError: the C++ extension is not there.
     """
 
     def __init__(self, base: PreTrainedModel, asked: Mapping[int, Mapping[str, Any]]) -> None:
@@ -103,17 +103,25 @@ class DecoderParts:
         self.layers = [layer(module, asked[i]) for i, module in enumerate(decoder.layers)]
         self.norm = _norm(decoder.norm)
 
-    def why_not_these(self, embeds: Tensor | None, prefix: Sequence[Tensor], quantized: bool = False) -> str | None:
-        """Why the kernels, which trust their pointers, can't take a call's embeddings and prefixes; None: they can."""
+    def why_not_these(
+        self, embeds: Tensor | None, prefix: Sequence[Tensor], quantized: Collection[torch.dtype] = ()
+    ) -> str | None:
+        """Why the kernels, which trust their pointers, can't take a call's embeddings and prefixes; None: they can.
+
+        Args:
+            quantized: the dtypes that an 8-bit prefix may have; none: it is floating.
+        """
+        weight = self.embed.weight
         given = prefix if embeds is None else [embeds, *prefix]
-        kinds = {id(x): torch.int8 for x in prefix} if quantized else {}
+        floating = (weight.dtype,)
         for x in given:
             if (
-                x.dtype != kinds.get(id(x), torch.float32)
-                or x.device.type != "cpu"
+                x.dtype not in (floating if x is embeds else quantized or floating)
+                or x.device != weight.device
                 or type(x) not in (Tensor, nn.Parameter)
             ):
-                return f"it takes float32 tensors on the CPU, found {type(x).__name__} of {x.dtype} on {x.device}"
+                taken = f"{str(weight.dtype).removeprefix('torch.')} tensors on {weight.device}"
+                return f"it takes {taken}, found {type(x).__name__} of {x.dtype} on {x.device}"
         if embeds is not None and embeds.shape[2] != self.embed.embedding_dim:
             return f"its embeddings have {self.embed.embedding_dim} features, found {embeds.shape[2]}"
         if prefix and any(x.shape != (self.kv_heads, prefix[0].shape[1], self.head_dim) for x in prefix):
@@ -121,18 +129,21 @@ class DecoderParts:
         return None
 
 
-def checked_rows(context: hooks.PrefixContext, batch: int, own: int, packed: int) -> tuple[Tensor | None, ...]:
-    """The context's index tensors, dense and with their values checked: once a pass instead of once a layer."""
-    device = torch.device("cpu")
+def checked_rows(
+    context: hooks.PrefixContext, batch: int, own: int, packed: int, device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """The context's index tensors, dense and checked (their values too where those are in host memory): once a pass
+    instead of once a layer."""
     names = ("prefix_offsets", "prefix_index", "own_start", "own_end", "query_start")
     rows = [getattr(context, name) for name in names]
     for name, index in zip(names, rows, strict=True):
         check_index(name, index, None if name == "prefix_offsets" else batch, device)
     offsets, prefix_index, own_start, own_end, _ = rows
-    prefixes, _ = check_offsets("prefix_offsets", offsets, packed)
-    check_range("prefix_index", prefix_index, -1, prefixes - 1)
-    check_range("own_start", own_start, 0, own)
-    check_range("own_end", own_end, 0, own)
+    if device.type == "cpu":
+        prefixes, _ = check_offsets("prefix_offsets", offsets, packed)
+        check_range("prefix_index", prefix_index, -1, prefixes - 1)
+        check_range("own_start", own_start, 0, own)
+        check_range("own_end", own_end, 0, own)
     return tuple(None if index is None else index.contiguous() for index in rows)
 
 
@@ -210,15 +221,11 @@ def has_dropout(base: PreTrainedModel) -> bool:
 
 
 def check_structure(base: PreTrainedModel) -> None:
-    """Whether `base` has a llama-like decoder's modules, in float32 on the CPU.
+    """Whether `base` has a llama-like decoder's modules.
 
     Raises:
         UnservedError: it does not.
     """
-    for p in base.parameters():
-        if p.device.type != "cpu" or p.dtype != torch.float32 or type(p) not in (nn.Parameter, Tensor):
-            found = f"{str(p.dtype).removeprefix('torch.')} on {p.device}"
-            raise UnservedError(f"it takes float32 weights on the CPU, found {found}")
     _expect_children("the model", base, {"model", "lm_head"})
     model: Any = base.model
     _expect_children("its decoder", model, {"embed_tokens", "layers", "norm", "rotary_emb"})
@@ -247,8 +254,6 @@ def _expect_children(what: str, module: nn.Module, *allowed: set[str]) -> None:
 
 def _norm(module: Any, width: int | None = None) -> Norm:
     """A norm module as the kernels take it, if it computes what they would."""
-    from softprompt_fast.backends.cpu._linear import Norm
-
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None or set(module._parameters) != {"weight"}:
@@ -256,18 +261,18 @@ def _norm(module: Any, width: int | None = None) -> Norm:
     if width is not None and weight.shape[0] != width:
         raise UnservedError(f"{type(module).__name__} normalises {weight.shape[0]} features, a head has {width}")
     # Of order one, and so small that eps tells.
-    x = torch.linspace(-2.0, 3.0, weight.shape[0])
+    x = torch.linspace(-2.0, 3.0, weight.shape[0], device=weight.device)
     x = torch.stack([x, float(eps) ** 0.5 * x])
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     for offset in (0.0, 1.0):
-        if torch.allclose(module(x), normed * (weight + offset), rtol=1e-5, atol=1e-5):
+        if torch.allclose(module(x), normed * (weight.float() + offset), rtol=1e-5, atol=1e-5):
             return Norm("rms", weight.detach(), None, offset, float(eps))
     raise UnservedError(f"{type(module).__name__} is no RMS norm")
 
 
 def _activation(module: Any) -> str:
     x = torch.linspace(-6.0, 6.0, 64)
-    for name, activation in _ACTIVATIONS.items():
+    for name, activation in ACTIVATIONS.items():
         if torch.allclose(module(x), activation(x), rtol=1e-5, atol=1e-6):
             return name
-    raise UnservedError(f"activation {type(module).__name__} is not one of {', '.join(_ACTIVATIONS)}")
+    raise UnservedError(f"activation {type(module).__name__} is not one of {', '.join(ACTIVATIONS)}")

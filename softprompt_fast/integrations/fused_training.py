@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt_fast.backends import heuristics
+from softprompt_fast.backends.norm import Norm
 from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.integrations.decoder_parts import BaseState, DecoderParts, LayerParts, checked_rows
 from softprompt_fast.losses import first_derivative_only
-
-if TYPE_CHECKING:
-    from softprompt_fast.backends.cpu._linear import Norm
 
 #: ``gradient_checkpointing_enable`` has it mark the token embeddings as requiring grad, so that reentrant checkpoints
 #: have a graph. No layer of the base runs here, and a gradient of frozen embeddings would go nowhere.
@@ -111,7 +109,7 @@ class FusedTraining:
     def _tokens(self, embeds: Tensor, positions: Tensor, context: hooks.PrefixContext, wanted: Tensor) -> _Tokens:
         batch, length, _ = embeds.shape
         packed = 0 if context.keys is None else context.keys[0].shape[1]
-        rows = checked_rows(context, batch, length, packed)
+        rows = checked_rows(context, batch, length, packed, torch.device("cpu"))
         own_start, own_end = rows[2], rows[3]
         places = None
         if own_start is not None or own_end is not None:

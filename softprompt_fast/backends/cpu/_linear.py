@@ -16,30 +16,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softprompt_fast.backends.cpu import _tensors
+from softprompt_fast.backends.norm import Norm
 
 _C = _tensors.extension()
 
-_NORMS = {"none": 0, "rms": 1, "layer": 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-
-
-@dataclass
-class Norm:
-    """``norm(x) * (offset + weight) + bias`` over the last dimension; see ``ops.prompt_qkv``."""
-
-    kind: str
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    offset: float = 0.0
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.kind not in _NORMS:
-            raise ValueError(f"kind: expected one of {', '.join(_NORMS)}, found {self.kind!r}")
-        # The tensors that the extension reads are kept here, for as long as it may.
-        self._weight, self._bias = _tensors.as_float(self.weight), _tensors.as_float(self.bias)
-        pointers = (0 if x is None else x.data_ptr() for x in (self._weight, self._bias))
-        self.packed = (_NORMS[self.kind], *pointers, float(self.offset), float(self.eps))
 
 
 class PackedLinear:

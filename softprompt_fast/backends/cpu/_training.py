@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.cpu import _tensors
-from softprompt_fast.backends.cpu._linear import _ACTIVATIONS, Norm, _check_dense
+from softprompt_fast.backends.cpu._linear import _ACTIVATIONS, _check_dense
+from softprompt_fast.backends.norm import Norm
 
 _C = _tensors.extension()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from softprompt_fast.backends.cpu import _tensors, prompt_concat
-from softprompt_fast.backends.cpu._linear import Norm, PackedLinear, packed
+from softprompt_fast.backends.cpu._linear import PackedLinear, packed
+from softprompt_fast.backends.norm import Norm
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
 _C = _tensors.extension()

@@ -16,6 +16,7 @@ from torch import Tensor
 from softprompt_fast.backends import heuristics
 from softprompt_fast.backends.cuda import _runtime
 from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.norm import KINDS
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
 many_rows: Any
@@ -25,7 +26,6 @@ except ImportError:
     many_rows = torch_backend
 
 _cuda = _runtime._cuda
-_KINDS = {"none": 0, "rms": 1, "layer": 2}
 
 backward = many_rows.backward
 
@@ -112,11 +112,16 @@ def into_cache(
     key: Tensor,
     value: Tensor,
     residual: Tensor | None,
+    start: Tensor | None = None,
 ) -> None:
     """One launch, results where the caller wants them: ``query`` ``[B, Hq, S, D]``, ``key`` and ``value``
     ``[B, Hkv, S, D]`` with any strides, so views of the own-token cache, and the rows before the norm, ``residual``
     ``[B, S, H]`` (columns side by side), unless it is None. ``weights`` and ``biases`` are q's, k's and v's; all of
-    it has to pass :func:`fits`."""
+    it has to pass :func:`fits`.
+
+    With ``start``, int32 or int64 ``[1]``, ``key`` and ``value`` are a whole static cache ``[B, Hkv, capacity, D]``,
+    of which the S places from there on are written: which they are is read on the device. Too few are a device-side
+    assertion."""
     source = tokens if prompt is None else prompt
     rows = _runtime.dense(prompt_offsets, prompt_index, own_start)
     sizes = (*tokens.shape[:2], 0 if prompt is None else prompt.shape[0], prompt_length, source.shape[-1])
@@ -133,12 +138,14 @@ def into_cache(
         scale,
         prompt_scale,
         left,
-        (_KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
+        (KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
         (q_heads, kv_heads, query.shape[3], value.shape[3]),
         tuple(view(x, 2) for x in weights),
         None if split is None else tuple(view(x, 1) for x in split),
         None if cos is None or sin is None else (_angles(cos), _angles(sin), cos.shape[2], interleaved),
         (view(query, 4), view(key, 4), view(value, 4)),
+        indexes(start),
+        key.shape[2],
         _runtime.queue(source),
     )
 
