@@ -139,13 +139,17 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         model.add_prompt(name, make_prompt(model.base, values))
     prefix = model.compile_prompt(name)
     ones = torch.ones(shape.batch, shape.own, dtype=torch.long)
-    turns: dict[str, Turn] = {
-        OURS: lambda ids: greedy(model, ids, shape.new, attention_mask=ones, prompt=name),
-        **generation_peers(base, prefix, shape.new),
-    }
-    if "peft" in names:
-        peft = make_peft(base, {name: values})
-        turns["peft"] = lambda ids: greedy(peft, ids, shape.new, attention_mask=ones)
+    peft = make_peft(base, {name: values}) if "peft" in names else None
+
+    def of(new: int) -> dict[str, Turn]:
+        """Turns that end after so many tokens."""
+        return {
+            OURS: lambda ids: greedy(model, ids, new, attention_mask=ones, prompt=name),
+            **generation_peers(base, prefix, new),
+            **({"peft": lambda ids: greedy(peft, ids, new, attention_mask=ones)} if peft else {}),
+        }
+
+    turns, short = of(shape.new), of(min(2, shape.new))
     engines, skipped = [], {}
     for engine in names & VLLM:
         try:
@@ -172,7 +176,10 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         inputs=lambda: torch.randint(0, vocabulary, (shape.batch, shape.own)),
         flops=flops,
         moved=moved,
+        # The first token takes the most memory, the second a step. What is compiled for a length has no short turn.
+        warm={one: short[one] for one in short if one != "static-compiled"},
         skipped=skipped,
+        elsewhere=dict.fromkeys(VLLM, "vLLM runs in processes of its own"),
         close=close,
     )
 
@@ -211,11 +218,15 @@ def cases() -> Iterator[Case]:
         # vLLM's package reads a model from its folder, which one with random weights has not.
         systems = SYSTEMS if base == DEMO else SYSTEMS[:-2]
         work = {"base": base, **shape.work}
-        options: dict[str, Any] = {
-            "quick": slow is not None,
-            "slow": frozenset(slow or ()),
-        }
-        options["rounds"] = (5 if base == DEMO and shape.batch <= 8 else 3, 7)
-        # PEFT's first round may last a minute, and the allocator is warm by then.
-        options["cold"] = frozenset({"peft"})
-        yield Case("model", f"generate-{name}", work, systems, partial(prepare, base, shape), ("generate",), **options)
+        yield Case(
+            "model",
+            f"generate-{name}",
+            work,
+            systems,
+            partial(prepare, base, shape),
+            ("generate",),
+            quick=slow is not None,
+            slow=frozenset(slow or ()),
+            rounds=(1, 2),
+            memory=True,
+        )

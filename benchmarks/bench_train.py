@@ -203,7 +203,8 @@ def cases() -> Iterator[Case]:
             partial(prepare, shape, DEMO, parts),
             ("training",),
             quick=name in QUICK,
-            rounds=(5 if name == "b8-p20-s64" else 3, 5),
+            rounds=(1, 1 if name in PEFT_PARTS else 2),
+            memory=shape.batch <= 8,  # of the others, a process of its own tells: see `table`
         )
 
 

@@ -95,9 +95,11 @@ def bench(
             if fail and regressed:
                 raise typer.Exit(Exit.UNEXPECTED)
             return
+        runner = import_module("_run")
+        keep = {} if json_file is None else {"known": lambda outcome: outcome.write(json_file)}
         with _progress(run) as begin:
-            outcome = suite.run(chosen, quick=quick, begin=begin)
-        for table in suite.tables(outcome):
+            outcome = runner.run(chosen, quick=quick, begin=begin, **keep)
+        for table in runner.tables(outcome):
             import_module("_harness").show(table)
         _write(outcome, json_file, plot, report, run)
         for name, said in outcome.tests.items():
