@@ -370,6 +370,21 @@ def run(
     return outcome()
 
 
+def expected(chosen: Sequence[tuple[Case, frozenset[str]]], rows: Sequence[Row], quick: bool) -> tuple[float, int]:
+    """Seconds of all turns, as long as those of rows at hand, and how many systems have none there. Tests, loading,
+    compiling and checking come on top."""
+    whole = {row.parts[:3]: row.seconds["median"] for row in rows if row.seconds and row.what in ("call", "total")}
+    short = {row.parts[:3]: row.seconds["median"] for row in rows if row.seconds and row.what == "first-token"}
+    seconds, unknown = 0.0, 0
+    for case, names in chosen:
+        for name in names - (case.slow if quick else frozenset()):
+            found = whole.get((case.set, case.name, name), 0.0)
+            warm = case.warmup * short.get((case.set, case.name, name), found)
+            seconds += PROCESSES * (warm + case.rounds[0 if quick else 1] * found) + case.memory * (warm + found)
+            unknown += not found
+    return seconds, unknown
+
+
 def tables(outcome: Outcome) -> Iterator[Table]:
     """A table for each set."""
     for name in SETS:

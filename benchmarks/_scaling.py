@@ -97,5 +97,5 @@ def cases() -> Iterator[Case]:
             ("generate",),
             quick=batch in QUICK_BATCHES,
             slow=frozenset({"peft"}) if batch * virtual > 1000 else frozenset(),
-            rounds=(1, 2),
+            rounds=(1, 1),
         )

@@ -195,7 +195,7 @@ def cases() -> Iterator[Case]:
             partial(prepare, DEMO, batch, lengths, own, new),
             ("bank",),
             quick=name == "mixed-b8-n4",
-            rounds=(1, 2),
+            rounds=(1, 1),
         )
 
 

@@ -372,6 +372,19 @@ def test_a_turn_gives_the_result_of_its_first_inputs_and_uses_all() -> None:
     assert results == {1} and set(seen) == {1, 2, 3} and turn.calls > 1
 
 
+def test_what_a_run_is_expected_to_take() -> None:
+    rows = [
+        row("op/doubling/ours/call", 2.0),
+        row("model/one/ours/total", 10.0),
+        row("model/one/ours/first-token", 1.0),
+    ]
+    names = frozenset({"ours", "pytorch"})
+    assert _run.expected([(case(), names)], rows, True) == (_run.PROCESSES * (2.0 + 3 * 2.0), 1)
+    remembered = case("one", "model", memory=True, slow=frozenset({"pytorch"}))
+    assert _run.expected([(remembered, names)], rows, True) == (_run.PROCESSES * (1.0 + 3 * 10.0) + 11.0, 0)
+    assert _run.expected([(remembered, names)], rows, False)[1] == 1
+
+
 # -- the tests that come first ----------------------------------------------------------------------------------------
 
 
