@@ -216,10 +216,9 @@ SHAPES = {
 
 def cases() -> Iterator[Case]:
     for name, (base, shape, slow) in SHAPES.items():
-        # vLLM's package reads a model from its folder, which one with random weights has not.
-        systems = tuple(one for one in SYSTEMS if one not in VLLM or base == DEMO)
-        if shape != LONGEST:  # starting an engine takes a minute
-            systems = tuple(one for one in systems if one != "vllm-shared")
+        # vLLM's package reads a model from its folder, which one with random weights has not; starting takes a minute.
+        without = VLLM if base != DEMO else set() if shape == LONGEST else {"vllm-shared"}
+        systems = tuple(one for one in SYSTEMS if one not in without)
         work = {"base": base, **shape.work}
         yield Case(
             "model",
