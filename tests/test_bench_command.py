@@ -441,6 +441,25 @@ def test_the_command(
         assert "test_double" in done.stderr.replace("\n", "")
 
 
+def test_a_run_that_is_ended_leaves_what_it_has(
+    two_cases: tuple[Case, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(tmp_path, monkeypatch, green=True)
+    ask, last = Here.ask, {"case": two_cases[1].id, "systems": ["ours", "pytorch"], "seed": 1}
+
+    def ended(self: Here, request: str, /, **arguments: Any) -> dict[str, Any]:
+        if request == "prepare" and last.items() <= arguments.items():
+            raise KeyboardInterrupt
+        return ask(self, request, **arguments)
+
+    monkeypatch.setattr(Here, "ask", ended)
+    file = tmp_path / "rows.json"
+    assert CliRunner().invoke(app, ["bench", "--json", str(file)]).exit_code != 0
+    processes = {row.id: len(row.samples) for row in _suite.read_rows(file) if row.system == "ours"}
+    assert processes == {"op/doubling/ours/call": 2, "scaling/decode-b1-p32/ours/call": 1}
+    assert not list(tmp_path.glob("*.new"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
