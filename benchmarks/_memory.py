@@ -4,8 +4,8 @@
 Where malloc gets a large block from is luck: from a hole that earlier calls left in the heap, or, where none is large
 enough, from the kernel, which fills each page of it with zeros when it is first touched, in every call anew. A result
 of 38 MB then costs 9,505 page faults and its operator a multiple of its time (``prompt_concat`` of B 32, P 512: 15 ms
-instead of 1.4), and a system that makes two such results may find a hole for one. So the processes that measure keep
-what is freed, as jemalloc and tcmalloc do, which PyTorch's tuning guide recommends.
+instead of 1.4). So the processes that measure keep what is freed, as jemalloc and tcmalloc do, which PyTorch's tuning
+guide recommends.
 """
 
 from __future__ import annotations
