@@ -129,8 +129,8 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
 
 
 def interval_of_processes(values: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% confidence for what yet another process would find, where processes differ by more than their rounds do:
-    Student's, of the logarithms of the processes' medians. It holds the median of all values, which lies between the
+    """95% confidence for the median over all processes, which may differ by more than their rounds do: Student's, of
+    the logarithms of these processes' medians. It holds the median of all values, which lies between the
     processes' own. Of a single process: :func:`interval`.
 
     Example: processes that find 1.9, 2.0 and 2.1 give 1.76 to 2.26.
