@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 from _gpu import relative_error
-from _harness import ROOT, milliseconds, setting
-from _suite import Case, compared
+from _harness import ROOT, compared, milliseconds, setting
+from _processes import Process
+from _suite import OURS, Case
 from rich.table import Table
 from torch import Tensor
 
@@ -41,8 +42,6 @@ FEWEST_ROUNDS = 9
 """With fewer than six the interval has less confidence than it says."""
 PAUSE = 0.02
 """Seconds before a turn: after a parallel region OpenMP's threads spin for some milliseconds before they sleep."""
-LAST = 30.0
-"""Seconds that a process has to end by itself."""
 Tick = Callable[[], None]
 Begin = Callable[[str, int, int, int], Tick]
 """Told what begins, in how many steps it ends, its number and of how many; gives what is called after each step."""
@@ -137,58 +136,6 @@ def build(tree: Path, name: str, like: Path | None = None) -> None:
         raise GuardError("\n".join([f"{name}: the C++ extension can't be built:", *said[-20:]]))
 
 
-# -- processes that take turns ----------------------------------------------------------------------------------------
-
-
-class Process:
-    """A worker (``_guard_worker.py``) with the package of one tree. Whatever is asked of one that has ended raises a
-    `GuardError` with the end of what it printed."""
-
-    def __init__(self, name: str, tree: Path, cases: Path, log: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.tree, self.log = name, tree, log
-        path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
-        with log.open("w", encoding="utf-8") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(cases / "_guard_worker.py")],
-                cwd=tree,
-                env={**os.environ, "PYTHONPATH": path, **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-            )
-
-    def wait(self) -> None:
-        """Until it is ready.
-
-        Raises:
-            GuardError: it did not start, or found the package of another tree.
-        """
-        package = Path(self._read()["package"])
-        if not package.resolve().is_relative_to(self.tree.resolve()):
-            raise GuardError(f"{self.name}: expected the package of {self.tree}, found {package}")
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading then says why
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise GuardError("\n".join([f"{self.name}: its process has ended:", *said[-5:]]))
-        return json.loads(line)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            self.process.communicate(timeout=LAST)  # closes its input, which is its sign to end
-        self.process.kill()
-        self.process.communicate()
-
-
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +174,7 @@ TIMED = ("slower", "faster")
 
 def noise_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """What two equal processes differ by."""
-    found = compared(over, under)
+    found = compared([over], [under])
     low, high = min(found["low"], 1 / found["high"]), max(found["high"], 1 / found["low"])
     return {**found, "low": low, "high": high}
 
@@ -256,12 +203,16 @@ THIS = "this tree"
 
 def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: int, tick: Tick) -> list[Row]:
     """One row for each thing that a turn times; ``processes``: one for each of `SIDES`."""
-    answers = {
-        side: process.ask(prepare=case.id, result=str(folder / f"{side}.pt")) for side, process in processes.items()
-    }
+    answers: dict[str, dict[str, Any]] = {}
     for side, process in processes.items():
-        if why := answers[side].get("error"):
-            return [Row(case.id, "fails" if side == "head" else "", why=f"{process.name}: {why}")]
+        for request, arguments in (
+            ("prepare", {"case": case.id, "systems": [OURS]}),
+            ("record", {"file": str(folder / f"{side}.pt"), "turns": max(1, case.warmup)}),
+        ):
+            answer = process.ask(request, **arguments)
+            if why := answer.get("error"):
+                return [Row(case.id, "fails" if side == "head" else "", why=f"{process.name}: {why}")]
+            answers.setdefault(side, {}).update(answer)
     known: dict[str, Any] = {
         "backends": {side: answers[side]["backends"] for side in ("base", "head")},
         "tolerance": answers["head"]["tolerance"],
@@ -273,8 +224,9 @@ def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: 
     samples: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds):
         for side in (*SIDES[number % 3 :], *SIDES[: number % 3]):  # each goes first in turn
+            processes[side].ask("inputs")
             time.sleep(PAUSE)
-            answer = processes[side].ask(turn=True)
+            answer = processes[side].ask("turn", system=OURS)
             if why := answer.get("error"):
                 return [Row(case.id, "fails" if side == "head" else "", why=f"{processes[side].name}: {why}", **known)]
             for what, seconds in answer["times"].items():
@@ -282,7 +234,7 @@ def measure(case: Case, processes: Mapping[str, Process], folder: Path, rounds: 
         tick()
     rows = []
     for what, timed in samples.items():
-        ratio, noise = compared(timed["base"], timed["head"]), noise_interval(timed["base"], timed["again"])
+        ratio, noise = compared([timed["base"]], [timed["head"]]), noise_interval(timed["base"], timed["again"])
         name = f"{case.id}/{what.replace(' ', '-')}"
         rows.append(Row(name, verdict(ratio, noise), timed, ratio, noise, **known))
     return rows
@@ -366,7 +318,8 @@ def run(
         begin: for a progress bar.
 
     Raises:
-        GuardError: there is no such revision, no checkout or no compiler, or a process does not start.
+        GuardError: there is no such revision, no checkout or no compiler.
+        ProcessError: a process does not start, or ends.
     """
     environment, commit = dict(environment or {}), commit_of(revision, root)
     with contextlib.ExitStack() as stack:
@@ -386,7 +339,7 @@ def run(
                 processes = {}
                 for side in SIDES:
                     name, tree, own = (THIS, head, environment) if side == "head" else (revision, base, {})
-                    processes[side] = Process(name, tree, head / "benchmarks", folder / f"{side}.log", own)
+                    processes[side] = Process(name, tree, head / "benchmarks", folder / f"{side}.log", environment=own)
                     running.callback(processes[side].close)
                 for process in processes.values():
                     process.wait()

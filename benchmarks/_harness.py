@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,37 +124,78 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[max(0, cut - 1)], ordered[count - max(1, cut)]
 
 
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
+"""By the number of values, the 97.5th percentile of Student's t."""
+
+
+def interval_of_processes(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% confidence for the median over all processes, which may differ by more than their rounds do: Student's, of
+    the logarithms of these processes' medians. It holds the median of all values, which lies between the
+    processes' own. Of a single process: :func:`interval`.
+
+    Example: processes that find 1.9, 2.0 and 2.1 give 1.76 to 2.26.
+    """
+    if len(values) == 1:
+        return interval(values[0])
+    logs = [math.log(statistics.median(one)) for one in values]
+    middle, half = statistics.fmean(logs), STUDENT[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(middle - half), math.exp(middle + half)
+
+
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Spread of the ratios of single rounds; ``over``: the other system's seconds, ``under``: ours."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def compared(over: Sequence[Sequence[float]], under: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The same with "low" and "high", between which the median is with 95% confidence; seconds by process."""
+    ratios = [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(over, under, strict=True)]
+    low, high = interval_of_processes(ratios)
+    return {**spread(flat(ratios)), "low": low, "high": high}
+
+
+def flat(values: Sequence[Sequence[float]]) -> list[float]:
+    return list(itertools.chain.from_iterable(values))
 
 
 def fastest(samples: Samples, names: Sequence[str]) -> str:
     return min(names, key=lambda name: statistics.median(samples[name]))
 
 
+@dataclass(frozen=True)
 class Machine:
     """What this machine does at best: fp32 products, by MKL and by oneDNN with packed weights, and copies.
 
-    ``systems`` take part in the rounds of a benchmark; :meth:`rates` turns their samples into rates.
+    ``turns`` take part in the rounds of a benchmark; :meth:`rates` turns their samples into rates.
+
+    Attributes:
+        size: of the square matrices.
+        copied: bytes, far more than the last level of cache holds.
     """
 
-    def __init__(self, size: int = 2048, copied: int = 256 << 20) -> None:
-        """``size``: of the square matrices. ``copied``: bytes, far more than the last level of cache holds."""
-        x, weight, out = torch.randn(3, size, size)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, size)
-        source, target = torch.randn(2, copied // 4)
-        self.flops, self.bytes = 2 * size**3, 2 * copied  # a copy reads and writes
-        self.systems: Systems = {
+    size: int
+    copied: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.size**3
+
+    @property
+    def bytes(self) -> int:
+        """A copy reads and writes."""
+        return 2 * self.copied
+
+    def turns(self) -> dict[str, Repeated]:
+        x, weight, out = torch.randn(3, self.size, self.size)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.size)
+        source, target = torch.randn(2, self.copied // 4)
+        systems: Systems = {
             "GEMM, MKL": lambda: torch.mm(x, weight, out=out),
             "GEMM, oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
             "copy": lambda: target.copy_(source),
         }
-        expected = F.linear(x, weight)
-        torch.testing.assert_close(self.systems["GEMM, oneDNN"](), expected, rtol=1e-4, atol=1e-3)
-
-    def turns(self) -> dict[str, Repeated]:
-        return {name: Repeated(system) for name, system in self.systems.items()}
+        torch.testing.assert_close(systems["GEMM, oneDNN"](), F.linear(x, weight), rtol=1e-4, atol=1e-3)
+        return {name: Repeated(system) for name, system in systems.items()}
 
     def rates(self, samples: Samples) -> dict[str, dict[str, float]]:
         """GFLOP/s and GB/s."""
@@ -171,6 +213,10 @@ class Machine:
             )
             for gemm in ("GEMM, MKL", "GEMM, oneDNN")
         }
+
+
+MACHINE = Machine(1024, 64 << 20)
+"""For the rounds of a case: milliseconds."""
 
 
 def cpu_name() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from _bases import DEMO
 from _harness import ROOT, shown
-from _suite import OURS, SETS, SYSTEMS, Row, duration
+from _suite import OURS, SETS, SYSTEMS, Row, duration, size
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
@@ -64,13 +64,14 @@ def parts(rows: Sequence[Row], pictures: Pictures = (), folder: Path = PAGE.pare
 
 
 def settings(rows: Iterable[Row]) -> list[str]:
-    """Machines, versions and commits, each once."""
+    """Machines, versions, allocators and commits, each once."""
     found = {}
     for row in rows:
         packages = ", ".join(
             f"{name} {row.versions[name]}" for name in ("torch", "transformers", "peft") if name in row.versions
         )
-        found[f"{row.device}; {packages}; commit {(row.commit or 'unknown')[:10]}"] = None
+        where = "; ".join(filter(None, (row.device, packages, row.allocator)))
+        found[f"{where}; commit {(row.commit or 'unknown')[:10]}"] = None
     return list(found)
 
 
@@ -129,7 +130,7 @@ def does_it_help(rows: Sequence[Row]) -> str:
         work = ours.work
         base = {"demo": "SmolLM2-135M"}.get(work["base"], work["base"])
         line = [base, *(str(work[name]) for name in ("B", "P", "S", "new")), duration(ours.seconds)]
-        line.append(f"{work['B'] * work['new'] / ours.seconds['median']:.0f}")
+        line.append(tokens_a_second(ours))
         lines.append([*line, *(cell(case, name, "total") for name in systems), cell(case, "expanded", "first-token")])
     if not lines:
         return "The run had no whole model: `softprompt-fast bench model`."
@@ -142,20 +143,45 @@ def _key(work: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def table(rows: Sequence[Row], name: str) -> str:
-    """All rows of a set."""
+    """All rows of a set. What a turn takes of memory stands beside its whole time, and so do its tokens a second."""
+    rows = [row for row in rows if row.set == name]
+    more = {
+        "new tokens/s": any(row.work.get("new") for row in rows),
+        "memory": any(row.what == "memory" for row in rows),
+    }
     lines = []
-    for case in by_case(row for row in rows if row.set == name).values():
+    for case in by_case(row for row in rows if row.what != "memory").values():
         first = next(iter(case.values()))
         title = f"`{first.case}`: {sizes(first.work)}"
         for row in case.values():
             ratio = shown(row.ratio) if row.ratio else f"none: {row.withheld}" if row.withheld else ""
             seconds = duration(row.seconds) if row.seconds else f"not run: {row.skipped}"
             roof = f"{row.roofline['median']:.0%}" if row.roofline else ""
-            lines.append([title, f"`{row.system}`", row.what, seconds, ratio, roof])
+            line = [title, f"`{row.system}`", row.what, seconds, ratio, roof]
+            whole = row.what == "total"
+            if more["new tokens/s"]:
+                line.append(tokens_a_second(row) if whole else "")
+            if more["memory"]:
+                line += memory_cells(rows, row) if whole else ["", ""]
+            lines.append(line)
             title = ""
     if not lines:
         return f"The run had none: `softprompt-fast bench {name}`."
-    return grid(["work", "system", "what", "time, median (p20 to p80)", "ours is faster by", "of the roofline"], lines)
+    header = ["work", "system", "what", "time, median (p20 to p80)", "ours is faster by", "of the roofline"]
+    header += ["new tokens/s"] if more["new tokens/s"] else []
+    return grid([*header, *(["peak memory", "times ours"] if more["memory"] else [])], lines)
+
+
+def tokens_a_second(row: Row) -> str:
+    return f"{row.work['B'] * row.work['new'] / row.seconds['median']:.0f}" if row.seconds and "B" in row.work else ""
+
+
+def memory_cells(rows: Iterable[Row], of: Row) -> list[str]:
+    """What a system's turn takes at its peak, and that over ours."""
+    found = next((row for row in rows if row.what == "memory" and row.parts[:3] == of.parts[:3]), None)
+    if found is None or found.memory is None:
+        return ["" if found is None else f"not measured: {found.skipped}", ""]
+    return [size(found.memory["bytes"]), f"{found.memory['ratio']:.2f}" if "ratio" in found.memory else ""]
 
 
 def losing(rows: Iterable[Row]) -> list[Row]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import ROOT
-from _suite import OURS, SYSTEMS, Row, compared, read_rows, spread
+from _harness import ROOT, compared, spread
+from _suite import OURS, SYSTEMS, Row, read_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
 OLDER_NAMES = {
@@ -41,7 +41,7 @@ def load(paths: Iterable[Path] | None = None) -> list[Row]:
         for row in older_rows(result):
             known.setdefault(row.id, row)
     timed = {row.parts[:3] for row in known.values() if row.seconds}
-    return [row for row in known.values() if row.seconds or row.parts[:3] not in timed]
+    return [row for row in known.values() if row.seconds or row.what or row.parts[:3] not in timed]
 
 
 def is_suite(result: dict[str, Any]) -> bool:
@@ -97,7 +97,7 @@ def _older(
             row.agreement = {"compared": compared_, "error": worst.get(name, 0.0)}
             ratios = result["ratios"]
             if name != OURS and (name in ratios or f"{name}, {what}" in ratios):
-                row.ratio = compared(seconds, result["samples"][OURS][what])
+                row.ratio = compared([seconds], [result["samples"][OURS][what]])
             yield row
 
 
@@ -130,7 +130,7 @@ def _older_attention(found: dict[str, Any], setting: dict[str, Any]) -> Iterator
         if name == OURS:
             row.roofline = min(found["share_of_roofline"].values(), key=lambda share: share["median"])
         else:
-            row.ratio = compared(seconds, samples[OURS])
+            row.ratio = compared([seconds], [samples[OURS]])
         yield row
 
 
@@ -149,7 +149,7 @@ def _gpu_case(found: dict[str, Any], result: dict[str, Any]) -> Iterator[Row]:
         if name in found["errors"]:
             row.agreement = {"compared": "relative error against float32", "error": found["errors"][name]}
         if name != OURS and OURS in found["samples"]:
-            row.ratio = compared(seconds, found["samples"][OURS])
+            row.ratio = compared([seconds], [found["samples"][OURS]])
         yield row
     for name, why in found["not_timed"].items():
         row = _row(case, slug(name), "", work, place, ())
@@ -176,4 +176,4 @@ def _row(
 ) -> Row:
     identity = "/".join(filter(None, (case, system, what.replace(" ", "-"))))
     peer = SYSTEMS.get(system, system)
-    return Row(identity, work, peer, **place, seconds=spread(seconds) if seconds else None, samples=list(seconds))
+    return Row(identity, work, peer, **place, seconds=spread(seconds) if seconds else None, samples=[list(seconds)])

@@ -67,7 +67,7 @@ def cases() -> Iterator[Case]:
             partial(prepare_forward, shape, False),
             ("prefix_attention",),
             quick=quick,
-            rounds=(7, 15),
+            rounds=(5, 9),
         )
 
     for batch, prefix in itertools.product(BATCHES, PREFIXES):
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
             ("ours", "sdpa"),
             partial(prepare_prompts, shape, count),
             ("prefix_attention",),
-            rounds=(7, 15),
+            rounds=(5, 9),
         )
     for batch, virtual in itertools.product(*GENERATE):
         call = bench_model.Shape(batch, virtual, new=NEW)
@@ -97,6 +97,5 @@ def cases() -> Iterator[Case]:
             ("generate",),
             quick=batch in QUICK_BATCHES,
             slow=frozenset({"peft"}) if batch * virtual > 1000 else frozenset(),
-            rounds=(3, 5),
-            cold=frozenset({"peft"}),
+            rounds=(1, 1),
         )

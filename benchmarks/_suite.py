@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite behind ``softprompt-fast bench``: cases, the rows they give, and what must hold before a speed-up is one.
+"""The suite behind ``softprompt-fast bench``: what cases are, which there are, and the rows that ``_run.py`` makes of
+them.
 
 A case is one piece of work that several systems do; ``bench_<what>.py`` hold them. Preparing a case makes its inputs
-and systems; measuring lets the systems take turns, compares their results in every round and gives one row for each
-system and each thing timed. A row has a ratio only where
-
-* the results agree: the worst error of any round is within the case's tolerance, and
-* the tests of what is measured are green (`GATES`): they run first, once for all cases that need them.
-
-The cases live outside the package so that they can time another revision of it (``PYTHONPATH`` decides), and because
-a row is nothing without the tests and the commit that a checkout has.
+and systems. They live outside the package so that they can time another revision of it (``PYTHONPATH`` decides), and
+because a row is nothing without the tests and the commit that a checkout has.
 """
 
 from __future__ import annotations
@@ -17,11 +12,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -29,10 +20,7 @@ from typing import Any
 
 import torch
 from _gpu import System, relative_error, tensors_of
-from _harness import ROOT, Machine, Repeated, Times, interval, ratio, setting, shown, spread
-from rich.table import Table
-
-from softprompt_fast import __version__
+from _harness import Repeated, Times
 
 OURS = "ours"
 SETS = ("op", "model", "train", "serve", "scaling")
@@ -83,7 +71,9 @@ class Prepared:
         inputs: new ones at every call, from torch's seeded generator.
         calls: of short calls, one at a time.
         flops, moved: that the work needs: bytes with every input read and every result written once.
+        warm: shorter turns, after which a system's whole ones, which are long, find memory and code warm.
         skipped: systems that can't run here, and why.
+        elsewhere: systems whose memory is not this process's, and why.
         close: ends what must be ended.
     """
 
@@ -95,7 +85,9 @@ class Prepared:
     calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
     flops: float = 0.0
     moved: float = 0.0
+    warm: dict[str, Turn] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
 
 
@@ -109,7 +101,8 @@ class Case:
         prepare: builds the systems that it is given the names of.
         tests: keys of `GATES`.
         quick: whether it belongs to the quick run. slow: systems that do not.
-        rounds: of the quick and of the full run. warmup: untimed ones before, in which ``cold`` systems take no part.
+        rounds: of each process, in the quick and in the full run. warmup: untimed ones before.
+        memory: whether what a turn takes at its peak is measured as well.
     """
 
     set: str
@@ -120,9 +113,9 @@ class Case:
     tests: tuple[str, ...]
     quick: bool = True
     slow: frozenset[str] = frozenset()
-    rounds: tuple[int, int] = (9, 25)
+    rounds: tuple[int, int] = (5, 9)
     warmup: int = 1
-    cold: frozenset[str] = frozenset()
+    memory: bool = False
 
     @property
     def id(self) -> str:
@@ -134,16 +127,19 @@ class Row:
     """One system at one piece of work. README and docs/benchmarks.md are made of these.
 
     Attributes:
-        id: ``set/case/system/what``, ``what`` being the thing timed.
+        id: ``set/case/system/what``, ``what`` being the thing timed, or "memory".
         peer: what the system is, in words.
-        seconds: median, p20 and p80 of ``samples``, one number a round.
+        allocator: of the processes that measured, and its policy.
+        seconds: median, p20 and p80 of ``samples``, a list for each process, one number a round.
         roofline: share of the machine's, measured in the same rounds: ``max(flops / rate, bytes / rate) / seconds``.
         rates: of that machine, by "flops" and "bytes", a second.
         ratio: this system's seconds over ours, round by round: median, p20, p80, and low and high, between which the
             median is with 95% confidence. So above 1 ours is faster. None for ours and where it is withheld.
+        memory: of a row whose ``what`` is "memory", which has no seconds: the "bytes" that a turn takes at its peak
+            beyond what is resident before it, and of a peer its "ratio", these bytes over ours.
         agreement: what was compared, the worst error over all rounds, and the tolerance.
         withheld: why there is no ratio though there are seconds.
-        skipped: why there are no seconds.
+        skipped: why there is nothing.
         command: repeats just this row (and ours beside it).
     """
 
@@ -154,13 +150,15 @@ class Row:
     versions: dict[str, str]
     commit: str | None
     command: str
+    allocator: str = ""
     seconds: dict[str, float] | None = None
-    samples: list[float] = field(default_factory=list)
+    samples: list[list[float]] = field(default_factory=list)
     flops: float = 0.0
     bytes: float = 0.0
     roofline: dict[str, float] | None = None
     rates: dict[str, float] | None = None
     ratio: dict[str, float] | None = None
+    memory: dict[str, float] | None = None
     agreement: dict[str, Any] | None = None
     withheld: str | None = None
     skipped: str | None = None
@@ -355,237 +353,13 @@ def one_system(benchmark: Any, case: Case, system: str) -> None:
     benchmark.extra_info.update(case.work, flops=prepared.flops, bytes=prepared.moved, error=error)
 
 
-# -- the tests that come first ----------------------------------------------------------------------------------------
+# -- rows, in words and from files ------------------------------------------------------------------------------------
 
 
-def red_tests(name: str) -> str | None:
-    """Run one of `GATES`. None where all is green, else what pytest said last."""
-    files, expression = GATES[name]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["-m", "not slow and not real", "-k", expression]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    said += (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["pytest said nothing"])[-1:]
-    return f"{' '.join(files)}: {said[0][:200]}"
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Place:
-    """Where rows are measured, the same for all rows of a run."""
-
-    device: str
-    versions: dict[str, str]
-    commit: str | None
-
-    @classmethod
-    def here(cls) -> Place:
-        facts = setting()
-        device = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa'] or 'no C++ kernels'}"
-        return cls(device, {"softprompt_fast": __version__, **facts["packages"]}, facts["commit"])
-
-
-def measure(
-    case: Case,
-    names: Collection[str],
-    place: Place,
-    *,
-    quick: bool = True,
-    red: Sequence[str] = (),
-    rounds: int | None = None,
-    machine: Machine | None = None,
-    tick: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """Rows of one case.
-
-    Args:
-        red: what the tests said that failed; ratios are then withheld.
-        rounds: other than the case's. machine: takes turns with the systems, for shares of the roofline.
-        tick: called after every round.
-
-    Raises:
-        Exception: whatever ours raises. A peer that fails is skipped, with the reason.
-    """
-    torch.manual_seed(0)
-    rounds = rounds or case.rounds[0 if quick else 1]
-    left_out = {name: "takes too long for the quick run: --full" for name in case.slow & {*names} if quick}
-    prepared = case.prepare(frozenset(names) - left_out.keys())
-    skipped = {**prepared.skipped, **left_out}
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in prepared.turns}
-    worst = dict.fromkeys(prepared.turns, 0.0)
-    roof: dict[str, list[float]] = {}
-    roofs = {} if machine is None or not prepared.flops + prepared.moved else machine.turns()
-    try:
-        for number in range(-case.warmup, rounds):
-            given, results = prepared.inputs(), {}
-            for name, turn in prepared.turns.items():
-                if name in skipped or (number < 0 and name in case.cold):
-                    continue
-                try:
-                    results[name], times = turn(given)
-                except Exception as error:
-                    if name == OURS:
-                        raise
-                    skipped[name] = reason(error)
-                    continue
-                if number >= 0:
-                    for what, seconds in times.items():
-                        samples[name].setdefault(what, []).append(seconds)
-            for name, error in prepared.errors(given, results).items():
-                worst[name] = error if not error <= worst[name] else worst[name]  # a NaN stays
-            for name, one in roofs.items():
-                if number >= 0:
-                    roof.setdefault(name, []).append(one()[1])
-            tick()
-    finally:
-        prepared.close()
-    return _rows(case, names, place, prepared, samples, worst, skipped, (machine, roof), red, quick)
-
-
-def _rows(
-    case: Case,
-    names: Collection[str],
-    place: Place,
-    prepared: Prepared,
-    samples: dict[str, dict[str, list[float]]],
-    worst: dict[str, float],
-    skipped: dict[str, str],
-    roofs: tuple[Machine | None, dict[str, list[float]]],
-    red: Sequence[str],
-    quick: bool,
-) -> list[Row]:
-    rows = []
-
-    def row(system: str, what: str = "", **known: Any) -> None:
-        identity = "/".join(filter(None, (case.id, system, what.replace(" ", "-"))))
-        command = f"softprompt-fast bench --only {identity}{'' if quick else ' --full'}"
-        known["work"] = case.work
-        rows.append(Row(identity, peer=SYSTEMS.get(system, system), **asdict(place), command=command, **known))
-
-    for name in (one for one in case.systems if one in names):
-        if name in skipped:
-            row(name, skipped=skipped[name])
-            continue
-        agreement = {"compared": prepared.compared, "error": worst[name], "tolerance": prepared.tolerance}
-        why = _why_no_ratio(name, worst, prepared.tolerance, red)
-        for what, seconds in samples[name].items():
-            known: dict[str, Any] = {"flops": prepared.flops, "bytes": prepared.moved}
-            machine, roof = roofs
-            if roof and machine is not None and what in ("call", "total"):
-                shares = machine.share_of_roofline(roof, seconds, prepared.flops, prepared.moved)
-                gemm = min(shares, key=lambda name: shares[name]["median"])  # the one that is faster here
-                known["roofline"] = shares[gemm]
-                found = machine.rates(roof)
-                known["rates"] = {"flops": 1e9 * found[gemm]["median"], "bytes": 1e9 * found["copy"]["median"]}
-            if name != OURS and (ours := samples[OURS].get(what)):
-                known["withheld"] = why
-                if why is None:
-                    known["ratio"] = compared(seconds, ours)
-            row(name, what, seconds=spread(seconds), samples=seconds, agreement=agreement, **known)
-    return rows
-
-
-def compared(seconds: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """A row's ratio."""
-    low, high = interval([a / b for a, b in zip(seconds, ours, strict=True)])
-    return {**ratio(seconds, ours), "low": low, "high": high}
-
-
-def _why_no_ratio(name: str, worst: dict[str, float], tolerance: float, red: Sequence[str]) -> str | None:
-    if red:
-        return f"tests are red: {'; '.join(red)}"
-    wrong = [one for one in (OURS, name) if not worst[one] <= tolerance]
-    if wrong:
-        said = " and ".join(f"{one} is off by {worst[one]:.1e}" for one in wrong)
-        return f"results do not agree: {said}, tolerance {tolerance:.0e}"
-    return None
-
-
-# -- a run ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """What a run gave. ``tests``: gate -> what was red, None where all was green."""
-
-    rows: list[Row]
-    tests: dict[str, str | None]
-    seconds: float
-
-    @property
-    def well(self) -> bool:
-        """Whether all tests were green and all results agreed."""
-        return not any(self.tests.values()) and not any(row.withheld for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "setting": setting(),
-            "seconds": self.seconds,
-            "tests": self.tests,
-            "rows": [row.as_dict() for row in self.rows],
-        }
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def run(
-    chosen: Sequence[tuple[Case, frozenset[str]]],
-    *,
-    quick: bool = True,
-    begin: Callable[[str, int, int, int], Callable[[], None]] = lambda *unused: lambda: None,
-) -> Outcome:
-    """The tests, then every case.
-
-    Args:
-        begin: told what begins, in how many steps it ends, its number and of how many; gives what is called after
-            each step.
-    """
-    started = time.perf_counter()
-    gates = list(dict.fromkeys(name for case, _ in chosen for name in case.tests))
-    count, tests = len(gates) + len(chosen), {}
-    for number, name in enumerate(gates):
-        tick = begin(f"tests of {name}", 1, number, count)
-        tests[name] = red_tests(name)
-        tick()
-    place, machine, rows = Place.here(), Machine(1024, 64 << 20), []
-    for number, (case, names) in enumerate(chosen, len(gates)):
-        tick = begin(case.id, case.warmup + case.rounds[0 if quick else 1], number, count)
-        red = [said for name in case.tests if (said := tests[name])]
-        rows += measure(case, names, place, quick=quick, red=red, machine=machine, tick=tick)
-    return Outcome(rows, tests, time.perf_counter() - started)
-
-
-def tables(outcome: Outcome) -> Iterator[Table]:
-    """A table for each set."""
-    for name in SETS:
-        rows = [row for row in outcome.rows if row.set == name]
-        if not rows:
-            continue
-        table = Table(title=f"{name}: median (p20 to p80); ratios: how many times as long as ours")
-        for column in ("case", "system", "what", "time", "ratio", "95% of the median", "of the roofline", "agreement"):
-            table.add_column(column)
-        before = ""
-        for row in rows:
-            between = f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f}" if row.ratio else ""
-            table.add_row(
-                row.case if row.case != before else "",
-                row.system,
-                row.what,
-                duration(row.seconds) if row.seconds else f"not run: {row.skipped}",
-                shown(row.ratio) if row.ratio else f"none: {row.withheld}" if row.withheld else "",
-                between,
-                shown(row.roofline, "%") if row.roofline else "",
-                f"{row.agreement['error']:.0e}" if row.agreement else "",
-            )
-            before = row.case
-        yield table
+def size(count: float) -> str:
+    """Of memory, such as "1.24 GB"."""
+    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= s or s == 1)
+    return f"{count / scale:.3g} {unit}"
 
 
 def duration(seconds: dict[str, float]) -> str:
@@ -598,12 +372,16 @@ def duration(seconds: dict[str, float]) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Of a file that :meth:`Outcome.write` wrote.
+    """Of a file that a run wrote; samples of older ones are of a single process.
 
     Raises:
         ValueError: it is none.
     """
     try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no result of softprompt-fast bench: {reason(error)}") from None
+    for row in rows:
+        if row.samples and not isinstance(row.samples[0], list):
+            row.samples = [row.samples]
+    return rows

@@ -9,9 +9,9 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import _memory
 import torch
 from _bases import make_base
 from _harness import Times
@@ -184,14 +184,10 @@ def memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         return {"now": torch.cuda.memory_allocated(device), "peak": torch.cuda.max_memory_allocated(device)}
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:  # no Linux
+        return _memory.resident()
+    except _memory.Unavailable:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"now": peak, "peak": peak}
-    kilobytes = {
-        name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value
-    }
-    return {"now": 1024 * kilobytes["VmRSS"], "peak": 1024 * kilobytes["VmHWM"]}
 
 
 def limit_memory(most: int) -> None:

@@ -139,13 +139,17 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         model.add_prompt(name, make_prompt(model.base, values))
     prefix = model.compile_prompt(name)
     ones = torch.ones(shape.batch, shape.own, dtype=torch.long)
-    turns: dict[str, Turn] = {
-        OURS: lambda ids: greedy(model, ids, shape.new, attention_mask=ones, prompt=name),
-        **generation_peers(base, prefix, shape.new),
-    }
-    if "peft" in names:
-        peft = make_peft(base, {name: values})
-        turns["peft"] = lambda ids: greedy(peft, ids, shape.new, attention_mask=ones)
+    peft = make_peft(base, {name: values}) if "peft" in names else None
+
+    def of(new: int) -> dict[str, Turn]:
+        """Turns that end after so many tokens."""
+        return {
+            OURS: lambda ids: greedy(model, ids, new, attention_mask=ones, prompt=name),
+            **generation_peers(base, prefix, new),
+            **({"peft": lambda ids: greedy(peft, ids, new, attention_mask=ones)} if peft else {}),
+        }
+
+    turns, short = of(shape.new), of(min(2, shape.new))
     engines, skipped = [], {}
     for engine in names & VLLM:
         try:
@@ -172,7 +176,10 @@ def prepare(base_name: str, shape: Shape, names: frozenset[str]) -> Prepared:
         inputs=lambda: torch.randint(0, vocabulary, (shape.batch, shape.own)),
         flops=flops,
         moved=moved,
+        # The first token takes the most memory, the second a step. What is compiled for a length has no short turn.
+        warm={one: short[one] for one in short if one != "static-compiled"},
         skipped=skipped,
+        elsewhere=dict.fromkeys(VLLM, "vLLM runs in processes of its own"),
         close=close,
     )
 
@@ -196,26 +203,32 @@ def needed(base: Any, shape: Shape, prefix_bytes: int) -> tuple[float, float]:
 
 VLLM = {"vllm", "vllm-shared"}
 SYSTEMS = ("ours", "expanded", "static-compiled", "peft", "vllm", "vllm-shared")
+LONGEST = Shape(32, 512)
 SHAPES = {
     # Base, shape, what is left out of the quick run (None: the case is).
     "demo-b1-p100": (DEMO, Shape(1, 100), {"static-compiled", *VLLM}),
     "demo-b8-p128": (DEMO, Shape(8, 128), {"static-compiled", *VLLM}),
     "demo-b16-p20": (DEMO, Shape(16, 20), None),
-    "demo-b32-p512": (DEMO, Shape(32, 512), {"static-compiled", "peft", *VLLM}),
+    "demo-b32-p512": (DEMO, LONGEST, {"static-compiled", "peft", *VLLM}),
     "360m-b8-p128": ("SmolLM2-360M", Shape(8, 128, new=16), {"static-compiled", "peft"}),
 }
 
 
 def cases() -> Iterator[Case]:
     for name, (base, shape, slow) in SHAPES.items():
-        # vLLM's package reads a model from its folder, which one with random weights has not.
-        systems = SYSTEMS if base == DEMO else SYSTEMS[:-2]
+        # vLLM's package reads a model from its folder, which one with random weights has not; starting takes a minute.
+        without = VLLM if base != DEMO else set() if shape == LONGEST else {"vllm-shared"}
+        systems = tuple(one for one in SYSTEMS if one not in without)
         work = {"base": base, **shape.work}
-        options: dict[str, Any] = {
-            "quick": slow is not None,
-            "slow": frozenset(slow or ()),
-        }
-        options["rounds"] = (5 if base == DEMO and shape.batch <= 8 else 3, 7)
-        # PEFT's first round may last a minute, and the allocator is warm by then.
-        options["cold"] = frozenset({"peft"})
-        yield Case("model", f"generate-{name}", work, systems, partial(prepare, base, shape), ("generate",), **options)
+        yield Case(
+            "model",
+            f"generate-{name}",
+            work,
+            systems,
+            partial(prepare, base, shape),
+            ("generate",),
+            quick=slow is not None,
+            slow=frozenset(systems) & (slow or frozenset()),
+            rounds=(1, 1 if shape == LONGEST else 2),
+            memory=True,
+        )

@@ -157,7 +157,7 @@ def cases() -> Iterator[Case]:
         name = f"{OP}-{workload}-b{shape.batch}-p{shape.prefix}"
         if workload == "backward":
             systems, prepare = ("ours", "autograd"), partial(prepare_backward, shape)
-            yield Case("op", name, shape.work, systems, prepare, (OP,), rounds=(5, 25))
+            yield Case("op", name, shape.work, systems, prepare, (OP,), rounds=(3, 9))
             continue
         # A prefill works on what it has just read: where its inputs come from makes no difference.
         for cold in (False, True) if shape.queries == 1 else (False,):
@@ -170,7 +170,7 @@ def cases() -> Iterator[Case]:
                 (OP,),
                 quick=shape.prefix == 512,
                 slow=SLOW & attention_peers().keys(),
-                rounds=(5, 25) if shape.queries > 1 else (15, 25),
+                rounds=(3, 9) if shape.queries > 1 else (5, 9),
             )
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import _guard  # noqa: E402
+import _processes  # noqa: E402
 import _suite  # noqa: E402
 import bench_merge_states  # noqa: E402
 from _guard import GuardError, Row  # noqa: E402
@@ -38,13 +39,13 @@ class Side:
     def __init__(self, name: str, seconds: list[float], result: torch.Tensor | None = None, error: str = "") -> None:
         self.name, self.seconds, self.result, self.error = name, iter(seconds), result, error
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, request: str, /, **arguments: Any) -> dict[str, Any]:
         if self.error:
             return {"error": self.error}
-        if "prepare" in request:
-            torch.save([torch.ones(3) if self.result is None else self.result], request["result"])
-            return {"backends": {"merge_states": ["cpu"]}, "tolerance": 1e-5}
-        return {"times": {"first token": next(self.seconds)}}
+        if request == "record":
+            torch.save([torch.ones(3) if self.result is None else self.result], arguments["file"])
+        answers = {"prepare": {"tolerance": 1e-5}, "record": {"backends": {"merge_states": ["cpu"]}}, "inputs": {}}
+        return answers[request] if request in answers else {"times": {"first token": next(self.seconds)}}
 
 
 @pytest.fixture(autouse=True)
@@ -208,14 +209,14 @@ def test_what_cannot_be_compared_is_refused(repository: Path, tmp_path: Path, mo
 
 
 def test_a_process_that_ends_says_why(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "_guard_worker.py").write_text("raise SystemExit('no such module')")
-    process = _guard.Process("v1", repository, tmp_path, tmp_path / "log", {})
-    with pytest.raises(GuardError, match="v1: its process has ended:\nno such module"):
+    (tmp_path / "_worker.py").write_text("raise SystemExit('no such module')")
+    process = _processes.Process("v1", repository, tmp_path, tmp_path / "log")
+    with pytest.raises(_processes.ProcessError, match="v1: its process has ended:\nno such module"):
         process.wait()
     process.close()
-    (tmp_path / "_guard_worker.py").write_text("""print('{"package": "/elsewhere/__init__.py"}')""")
-    process = _guard.Process("v1", repository, tmp_path, tmp_path / "log", {})
-    with pytest.raises(GuardError, match=r"v1: expected the package of .*, found .elsewhere"):
+    (tmp_path / "_worker.py").write_text("""print('{"package": "/elsewhere/__init__.py"}')""")
+    process = _processes.Process("v1", repository, tmp_path, tmp_path / "log")
+    with pytest.raises(_processes.ProcessError, match=r"v1: expected the package of .*, found .elsewhere"):
         process.wait()
     process.close()
 
@@ -225,10 +226,10 @@ def test_a_process_that_does_not_end_is_ended(
 ) -> None:
     package = repository / "softprompt_fast" / "__init__.py"
     code = f"import time\nprint({json.dumps({'package': str(package)})!r}, flush=True)\ntime.sleep(1000)"
-    (tmp_path / "_guard_worker.py").write_text(code)
-    process = _guard.Process("v1", repository, tmp_path, tmp_path / "log", {})
+    (tmp_path / "_worker.py").write_text(code)
+    process = _processes.Process("v1", repository, tmp_path, tmp_path / "log")
     process.wait()
-    monkeypatch.setattr(_guard, "LAST", 0.1)
+    monkeypatch.setattr(_processes, "LAST", 0.1)
     process.close()
     assert process.process.returncode
 

@@ -25,7 +25,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[op|model|train|serve|scaling]...", help="Sets; all of them.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick/--full", help="A choice of cases in minutes, or all of them in an hour or more.")
+        bool, typer.Option("--quick/--full", help="A choice of cases in ten minutes, or all of them in about an hour.")
     ] = True,
     compare: Annotated[
         str | None, typer.Option(help="Systems, with commas; this package is always among them. Left out: all.")
@@ -34,7 +34,10 @@ def bench(
         list[str] | None,
         typer.Option(help="Id of a row, the beginning of one, or a glob. May be given several times."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows, samples included.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="File for the rows, samples included; written after every case."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Folder for the plots (SVG).")] = None,
     report: Annotated[Path | None, typer.Option(help="File for the report (Markdown).")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print what would run, and run nothing.")] = False,
@@ -95,9 +98,14 @@ def bench(
             if fail and regressed:
                 raise typer.Exit(Exit.UNEXPECTED)
             return
+        runner = import_module("_run")
+        seconds, unknown = runner.expected(chosen, import_module("_results").load(), quick)
+        without = f"; {unknown} systems have none there" if unknown else ""
+        run.say(f"turns of about {seconds / 60:.0f} minutes in all, by the times in benchmarks/results{without}")
+        keep = {} if json_file is None else {"known": lambda outcome: outcome.write(json_file)}
         with _progress(run) as begin:
-            outcome = suite.run(chosen, quick=quick, begin=begin)
-        for table in suite.tables(outcome):
+            outcome = runner.run(chosen, quick=quick, begin=begin, **keep)
+        for table in runner.tables(outcome):
             import_module("_harness").show(table)
         _write(outcome, json_file, plot, report, run)
         for name, said in outcome.tests.items():
