@@ -119,10 +119,11 @@ class NinjaBuildExt(build_ext):
             more = shlex.join(defines) if name == "registration.cpp" else ISA_FLAGS.get(name, "")
             lines.append(f"  more = {more}")
         lines.append(f"build {target}: link {' '.join(objects)}")
-        lines.append(f"  libraries = {'' if sys.platform == 'darwin' else '-ldl'}")
+        libraries = [] if sys.platform == "darwin" else ["-ldl"]
         if cuda:  # the static runtime: it finds the driver when it is called, so the module loads without one
-            where = f"-L{cuda_home() / 'lib64'} -L{cuda_home() / 'lib'}"  # the second in NVIDIA's Python packages
-            lines[-1] += f" {where} -lcudart_static -lrt -lpthread"
+            where = [f"-L{cuda_home() / name}" for name in ("lib64", "lib")]  # the second in NVIDIA's Python packages
+            libraries = [*where, "-lcudart_static", "-lrt", "-lpthread", *libraries]
+        lines.append(f"  libraries = {' '.join(libraries)}")
         (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
         ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         done = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True, check=False)

@@ -75,8 +75,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_allocations", &softprompt_fast::workspace_allocations,
         "How often the CPU kernels allocated scratch memory so far.");
   m.def(
-      "refusal", [] { return softprompt_fast::abi::refusal(); },
-      "Why the last op called in this thread that did not serve its call did not.");
+      "refusal",
+      [] {
+        const auto& last = softprompt_fast::abi::refusal();
+        return std::make_pair(last.why, last.failed);
+      },
+      "Why the last op called in this thread that did not serve its call did not, and whether "
+      "something failed, other than its arguments.");
   m.def(
       "implement_ops",
       [](const std::string& folder) {

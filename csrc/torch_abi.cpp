@@ -113,9 +113,9 @@ View view_of(Handle handle, bool written) {
 
 }  // namespace
 
-std::string& refusal() {
-  thread_local std::string why;
-  return why;
+Refusal& refusal() {
+  thread_local Refusal last;
+  return last;
 }
 
 void load(const std::string& folder) {
@@ -292,6 +292,8 @@ DType dtype_of(const char* name, const View& view) {
 }
 
 int32_t torch_dtype(DType dtype) { return codes.dtypes[static_cast<int>(dtype)]; }
+
+bool is_int64(const View& view) { return view.dtype == codes.int64; }
 
 Tensor as_tensor(const char* name, const View& view, int64_t dimensions) {
   Tensor tensor;

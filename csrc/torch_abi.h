@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 
 #include "tensor.h"
@@ -24,8 +25,13 @@ using Value = uint64_t;
 using Handle = void*;  // AtenTensorHandle
 using Kernel = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
 
-// Why the last call of this thread that was not served was not.
-std::string& refusal();
+// Why the last call of this thread that was not served was not: its arguments (Python's
+// ValueError), or something that failed (RuntimeError).
+struct Refusal {
+  std::string why;
+  bool failed = false;
+};
+Refusal& refusal();
 
 // A kernel of `run`, from a stack of arguments to one of results; where it throws, all results are
 // none, or false.
@@ -33,10 +39,13 @@ template <void (*run)(Value* stack, uint64_t inputs)>
 void boxed(Value* stack, uint64_t inputs, uint64_t outputs) {
   try {
     run(stack, inputs);
+    return;
+  } catch (const std::invalid_argument& error) {
+    refusal() = {error.what(), false};
   } catch (const std::exception& error) {
-    refusal() = error.what();
-    for (uint64_t i = 0; i < outputs; ++i) stack[i] = 0;
+    refusal() = {error.what(), true};
   }
+  for (uint64_t i = 0; i < outputs; ++i) stack[i] = 0;
 }
 
 // Finds PyTorch's functions. `folder`: where its libraries lie. std::runtime_error says what is
@@ -115,6 +124,7 @@ class Arguments {
 
 DType dtype_of(const char* name, const View& view);
 int32_t torch_dtype(DType dtype);
+bool is_int64(const View& view);
 
 // With further dimensions of stride 0 in front, up to `dimensions`.
 Tensor as_tensor(const char* name, const View& view, int64_t dimensions = 0);

@@ -82,6 +82,9 @@ def check(results: list[Tensor], what: str = "logits") -> None:
 class Launches(list[str]):
     """The kernels of ours that ran, in order."""
 
+    def recorded(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **results: (self.append(name), op(*args, **results))[1]
+
     @contextmanager
     def of(self, *expected: str) -> Iterator[None]:
         before = len(self)
@@ -95,16 +98,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     seen = Launches()
 
-    class Recorder:
-        def __getattr__(self, name: str) -> Any:
-            kernel = getattr(module, name)
-            return kernel if name != "prompt_qkv" else lambda *args: (seen.append(name), kernel(*args))[1]
-
-    monkeypatch.setattr(prompt_qkv, "_cuda", Recorder())
-    for name in ("NATIVE", "_OUT"):
-        op = getattr(prefix_attention, name)
-        counted = lambda *args, op=op, **results: (seen.append("prefix_attention"), op(*args, **results))[1]  # noqa: E731
-        monkeypatch.setattr(prefix_attention, name, counted)
+    ops = ((prompt_qkv, "prompt_qkv", "_OP"), (prefix_attention, "prefix_attention", "NATIVE"))
+    for where, kernel, name in (*ops, (prefix_attention, "prefix_attention", "_OUT")):
+        monkeypatch.setattr(where, name, seen.recorded(kernel, getattr(where, name)))
     many, triton = prompt_qkv.many_rows.forward, prefix_attention.triton.forward
     monkeypatch.setattr(prompt_qkv.many_rows, "forward", lambda *a: (seen.append("many rows"), many(*a))[1])
     monkeypatch.setattr(prefix_attention.triton, "forward", lambda *a: (seen.append("Triton"), triton(*a))[1])
@@ -338,7 +334,9 @@ def test_a_layer_takes_nine_launches_and_reads_no_value(kind: str, launches: Lau
     behind = counts[1] - counts[0]
     norm = {"fused_rms_norm"} if ON_GPU else {"pow", "mean", "add_", "rsqrt", "mul", "to_copy"}
     plain = Counter({name: count for name, count in behind.items() if name not in norm})
-    assert plain == {"prefix_attention_cuda": 1, "addmm_": 2, "mm": 2, "silu": 1, "mul_": 1}, behind
+    assert plain == {"prompt_qkv_cuda": 1, "prefix_attention_cuda": 1, "addmm_": 2, "mm": 2, "silu": 1, "mul_": 1}, (
+        behind
+    )
     assert not counts[0]["embedding"] and counts[0]["foreach_add_"] == (kind == "static")
 
 

@@ -41,9 +41,9 @@ constexpr const char* dispatch_key() { return kEmulated ? "CPU" : "CUDA"; }
 // Python what is called below one.
 void implement_merge_states();
 void implement_prefix_attention();
+void implement_prompt_qkv();
 void bind_prefix_attention(pybind11::module_& module);
 void bind_prompt_concat(pybind11::module_& module);
-void bind_prompt_qkv(pybind11::module_& module);
 
 }  // namespace cuda
 }  // namespace softprompt_fast

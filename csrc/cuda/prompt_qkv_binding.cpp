@@ -1,85 +1,162 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "../prompt_concat_arguments.h"
+// The op softprompt_fast::prompt_qkv_cuda: rows of a decode step, results where the caller wants
+// them.
+#include "../torch_abi.h"
 #include "binding.h"
 
 namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-namespace py = pybind11;
+using abi::as_tensor;
+using abi::View;
 
-// Three of something: of q, k and v.
-void read_three(const char* name, py::handle given, int64_t dimensions, bool used, DType dtype,
-                Tensor (&to)[3]) {
-  if (given.is_none()) return;
-  PyObject* tuple = as_tuple(name, given, 3, "tensors of q, k and v");
-  for (int i = 0; i < 3; ++i) {
-    to[i] = as_tensor(name, PyTuple_GET_ITEM(tuple, i), dimensions, used);
-    check_dtype(name, to[i], dtype);
-  }
+// Places of the arguments.
+enum : int {
+  kTokens,
+  kTable,
+  kPrompt,
+  kOffsets,
+  kIndex,
+  kOwnStart,
+  kLength,
+  kScale,
+  kPromptScale,
+  kLeft,
+  kWeights,
+  kBiases = kWeights + 3,
+  kQHeads = kBiases + 3,
+  kKvHeads,
+  kNorm,
+  kNormWeight,
+  kNormBias,
+  kNormOffset,
+  kEps,
+  kCos,
+  kSin,
+  kInterleaved,
+  kStart,
+  kResults,
+  kResidual = kResults + 3,
+};
+constexpr const char* kKinds = "T?T?T?T?T?TiddbTTT?T?T?Tiii?T?Tdd?T?Tb?TRRR?R";
+
+// One of the tensors that the kernel multiplies, writes or adds: of its one 16-bit dtype.
+Tensor read(const char* name, const View& x, std::initializer_list<int64_t> shape,
+            const View& like) {
+  if (!x) return {};
+  SOFTPROMPT_FAST_CHECK(x.has_shape(shape) && x.dtype == like.dtype && x.beside(like), name,
+                        ": does not fit the others, found ", x.describe());
+  return as_tensor(name, x);
 }
 
-// norm: (kind, weight, bias, offset, eps). heads: (q_heads, kv_heads, head_dim, value_dim).
-// rotation: (cos, sin, R, interleaved) or None. start: where in a cache of `capacity` places k and
-// v go on, or None.
-void prompt_qkv(py::handle ids, py::handle tokens, py::handle table, py::handle prompt,
-                py::handle residual, const py::tuple& sizes, const py::tuple& rows, double scale,
-                double prompt_scale, bool left, const py::tuple& norm, const py::tuple& heads,
-                py::handle weights, py::handle biases, py::handle rotation, py::handle results,
-                py::handle start, int64_t capacity, py::handle queue) {
+// [B or 1, length, R], of which a row's stride is 0 where all rows share them.
+Tensor read_angles(const char* name, const View& x, int64_t batch, int64_t length,
+                   const View& like) {
+  SOFTPROMPT_FAST_CHECK(x.dimensions == 3 && (x.size[0] == batch || x.size[0] == 1) &&
+                            x.size[1] == length && x.beside(like),
+                        name, ": does not fit the others, found ", x.describe());
+  Tensor tensor = as_tensor(name, x);
+  SOFTPROMPT_FAST_CHECK(tensor.dtype < DType::kInt8, name, ": no kernel reads ", x.describe());
+  if (x.size[0] == 1) tensor.stride[0] = 0;
+  return tensor;
+}
+
+void run(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kKinds, stack, inputs);
+  const View tokens = given.tensor(kTokens), table = given.tensor(kTable);
+  const View prompt = given.tensor(kPrompt), q = given.tensor(kResults);
+  const View k = given.tensor(kResults + 1), v = given.tensor(kResults + 2);
+  SOFTPROMPT_FAST_CHECK(tokens.dimensions == (table ? 2 : 3) && q.dimensions == 4 &&
+                            k.dimensions == 4 && v.dimensions == 4,
+                        "tokens: expected [B, S] ids with a table, or [B, S, H], found ",
+                        tokens.describe());
   PromptQkv op = {};
-  op.concat =
-      as_prompt_concat(ids, tokens, table, prompt, residual, sizes, scale, prompt_scale, false);
-  op.rows = as_prompt_rows(rows);
-  op.left = left;
-  int64_t* const size[] = {&op.q_heads, &op.kv_heads, &op.head_dim, &op.value_dim};
-  read_sizes(heads, size);
-  const PromptConcat& concat = op.concat;
-  SOFTPROMPT_FAST_CHECK(concat.width % 8 == 0 && op.head_dim % 2 == 0 && op.value_dim % 2 == 0,
-                        "sizes: expected a width that 8 divides and even head dimensions, found ",
-                        concat.width, ", ", op.head_dim, " and ", op.value_dim);
-  const bool used = concat.batch * (concat.slots + concat.own) > 0;
-  PyObject* first = as_tuple("results", results, 3, "tensors of q, k and v");
-  const DType dtype = as_tensor("results", PyTuple_GET_ITEM(first, 0), 4, used).dtype;
-  read_three("results", results, 4, used, dtype, op.out);
-  read_three("weights", weights, 2, used, dtype, op.weight);
-  SOFTPROMPT_FAST_CHECK(op.weight[0] || !used, "weights: expected three, found None");
-  read_three("biases", biases, 1, used, dtype, op.bias);
-  for (const Tensor* x : {&concat.tokens, &concat.table, &concat.prompt, &concat.out}) {
-    check_dtype("tokens, table, prompt, residual", *x, dtype);
+  PromptConcat& concat = op.concat;
+  concat.batch = tokens.size[0];
+  concat.own = tokens.size[1];
+  concat.slots = given.integer(kLength);
+  SOFTPROMPT_FAST_CHECK(concat.slots >= 0 && (prompt ? prompt.dimensions == 2 : concat.slots == 0),
+                        "prompt: expected [L, H] where there are slots, found ", prompt.describe());
+  concat.packed = prompt ? prompt.size[0] : 0;
+  const View& source = prompt ? prompt : tokens;
+  concat.width = source.size[source.dimensions - 1];
+  const int64_t length = concat.slots + concat.own;
+  if (table) {
+    SOFTPROMPT_FAST_CHECK(abi::is_int64(tokens) && tokens.beside(q) && prompt,
+                          "tokens: expected int64 ids and a prompt, found ", tokens.describe());
+    concat.ids = static_cast<const int64_t*>(tokens.data);
+    concat.id_stride[0] = tokens.stride[0];
+    concat.id_stride[1] = tokens.stride[1];
+    concat.vocabulary = table.size[0];
+    concat.table = read("table", table, {concat.vocabulary, concat.width}, q);
+  } else {
+    concat.tokens = read("tokens", tokens, {concat.batch, concat.own, concat.width}, q);
   }
-  SOFTPROMPT_FAST_CHECK(norm.size() == 5, "norm: expected (kind, weight, bias, offset, eps)");
-  const int kind = norm[0].cast<int>();
-  SOFTPROMPT_FAST_CHECK(kind >= 0 && kind <= 2, "norm: expected a kind 0..2, found ", kind);
-  op.norm = static_cast<PromptQkv::Norm>(kind);
-  op.norm_weight = as_tensor("norm weight", norm[1], 1);
-  op.norm_bias = as_tensor("norm bias", norm[2], 1);
-  check_dtype("norm weight", op.norm_weight, dtype);
-  check_dtype("norm bias", op.norm_bias, dtype);
-  op.norm_offset = norm[3].cast<float>();
-  op.eps = norm[4].cast<float>();
-  if (!rotation.is_none()) {
-    PyObject* turn = as_tuple("rotation", rotation, 4, "cos, sin, their size and a flag");
-    op.cos = as_tensor("cos", PyTuple_GET_ITEM(turn, 0), 3, used);
-    op.sin = as_tensor("sin", PyTuple_GET_ITEM(turn, 1), 3, used);
-    check_floating("cos", op.cos);
-    check_floating("sin", op.sin);
-    op.rotation = as_number("rotation", PyTuple_GET_ITEM(turn, 2));
-    op.interleaved = PyObject_IsTrue(PyTuple_GET_ITEM(turn, 3)) == 1;
-    SOFTPROMPT_FAST_CHECK(op.rotation >= 0 && op.rotation % 2 == 0 && op.rotation <= op.head_dim,
-                          "rotation: expected an even number up to ", op.head_dim, ", found ",
+  concat.prompt = read("prompt", prompt, {concat.packed, concat.width}, q);
+  concat.out = read("residual", given.tensor(kResidual), {concat.batch, length, concat.width}, q);
+  concat.scale = static_cast<float>(given.number(kScale));
+  concat.prompt_scale = static_cast<float>(given.number(kPromptScale));
+  const View offsets = given.tensor(kOffsets);
+  const int64_t prompts = offsets && offsets.dimensions == 1 ? offsets.size[0] : 0;
+  SOFTPROMPT_FAST_CHECK(!offsets || prompts >= 2, "prompt_offsets: expected [N + 1], found ",
+                        offsets.describe());
+  op.rows = {abi::as_index("prompt_offsets", offsets, prompts, q),
+             abi::as_index("prompt_index", given.tensor(kIndex), concat.batch, q),
+             abi::as_index("own_start", given.tensor(kOwnStart), concat.batch, q)};
+  op.left = given.flag(kLeft);
+
+  op.q_heads = given.integer(kQHeads);
+  op.kv_heads = given.integer(kKvHeads);
+  op.head_dim = q.size[3];
+  op.value_dim = v.size[3];
+  SOFTPROMPT_FAST_CHECK(concat.width % 8 == 0 && op.head_dim % 2 == 0 && op.value_dim % 2 == 0 &&
+                            op.q_heads > 0 && op.kv_heads > 0,
+                        "expected heads, a width that 8 divides and even head dimensions, found ",
+                        op.q_heads, ", ", op.kv_heads, ", ", concat.width, ", ", op.head_dim,
+                        " and ", op.value_dim);
+  const DType dtype = abi::dtype_of("query", q);
+  SOFTPROMPT_FAST_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+                        "query: expected bfloat16 or float16, found ", q.describe());
+  const View start = given.tensor(kStart);
+  op.start = abi::as_index("start", start, 1, q);
+  op.capacity = k.size[2];
+  SOFTPROMPT_FAST_CHECK(start || op.capacity == length, "key: expected ", length,
+                        " places without a start, found ", op.capacity);
+  op.out[0] = read("query", q, {concat.batch, op.q_heads, length, op.head_dim}, q);
+  op.out[1] = read("key", k, {concat.batch, op.kv_heads, op.capacity, op.head_dim}, q);
+  op.out[2] = read("value", v, {concat.batch, op.kv_heads, op.capacity, op.value_dim}, q);
+  const int64_t rows[] = {op.q_heads * op.head_dim, op.kv_heads * op.head_dim,
+                          op.kv_heads * op.value_dim};
+  for (int i = 0; i < 3; ++i) {
+    op.weight[i] = read("weight", given.tensor(kWeights + i), {rows[i], concat.width}, q);
+    op.bias[i] = read("bias", given.tensor(kBiases + i), {rows[i]}, q);
+    SOFTPROMPT_FAST_CHECK((bool)op.bias[i] == (bool)op.bias[0], "bias: expected three or none");
+  }
+  const int64_t norm = given.integer(kNorm);
+  SOFTPROMPT_FAST_CHECK(norm >= 0 && norm <= 2, "norm: expected a kind 0..2, found ", norm);
+  op.norm = static_cast<PromptQkv::Norm>(norm);
+  op.norm_weight = read("norm_weight", given.tensor(kNormWeight), {concat.width}, q);
+  op.norm_bias = read("norm_bias", given.tensor(kNormBias), {concat.width}, q);
+  op.norm_offset = static_cast<float>(given.number(kNormOffset));
+  op.eps = static_cast<float>(given.number(kEps));
+  SOFTPROMPT_FAST_CHECK(given.has(kCos) == given.has(kSin), "cos, sin: expected both or none");
+  if (const View cos = given.tensor(kCos)) {
+    op.cos = read_angles("cos", cos, concat.batch, length, q);
+    op.sin = read_angles("sin", given.tensor(kSin), concat.batch, length, q);
+    op.rotation = cos.size[2];
+    SOFTPROMPT_FAST_CHECK(op.rotation % 2 == 0 && op.rotation <= op.head_dim,
+                          "cos: expected an even number up to ", op.head_dim, ", found ",
                           op.rotation);
+    op.interleaved = given.flag(kInterleaved);
   }
-  op.start = as_index("start", start);
-  op.capacity = capacity;
-  SOFTPROMPT_FAST_CHECK(!op.start || op.start.size == 1, "start: expected one value, found ",
-                        op.start.size);
-  run_prompt_qkv(op, as_queue(queue));
+  run_prompt_qkv(op, queue_of(q));
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_prompt_qkv(py::module_& module) { module.def("prompt_qkv", &prompt_qkv); }
+void implement_prompt_qkv() { abi::implement("prompt_qkv_cuda", dispatch_key(), &abi::boxed<run>); }
 
 }  // namespace cuda
 }  // namespace softprompt_fast

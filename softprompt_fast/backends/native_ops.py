@@ -32,6 +32,12 @@ SCHEMAS = {
     "prefix_attention_backward": f"(Tensor grad_out, Tensor? grad_lse, {_CALL}, Tensor out, Tensor lse, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_prefix_key, "
     "Tensor(e!) grad_prefix_value, Tensor(f!)? delta) -> bool",
+    "prompt_qkv": "(Tensor tokens, Tensor? table, Tensor? prompt, Tensor? prompt_offsets, Tensor? prompt_index, "
+    "Tensor? own_start, SymInt prompt_length, float scale, float prompt_scale, bool left, Tensor q_weight, "
+    "Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, int q_heads, int kv_heads, "
+    "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_offset, float eps, Tensor? cos, Tensor? sin, "
+    "bool interleaved, Tensor? start, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value, Tensor(d!)? residual) "
+    "-> bool",
     "merge_states": f"({_STATES}) -> (Tensor?, Tensor?)",
     "merge_states.out": f"({_STATES}, *, Tensor(a!) out, Tensor(b!) lse) -> bool",
     "merge_states_backward": f"(Tensor grad_out, Tensor? grad_lse, {_STATES}, Tensor(a!) grad_a, "
@@ -80,9 +86,14 @@ def merge_states_results(out_a: Tensor, lse_a: Tensor, *unused: Tensor) -> tuple
 
 
 def served(extension: ModuleType, done: bool) -> None:
-    """Raises: ValueError: the extension's op, whose result was `done`, refused its call; with the reason."""
+    """Where the extension's op, whose result was `done`, refused its call, say why.
+
+    Raises:
+        ValueError: its arguments. RuntimeError: something else failed.
+    """
     if not done:
-        raise ValueError(extension.refusal())
+        why, failed = extension.refusal()
+        raise RuntimeError(why) if failed else ValueError(why)
 
 
 @cache

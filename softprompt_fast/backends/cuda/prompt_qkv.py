@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_fast.backends import heuristics
+from softprompt_fast.backends import heuristics, native_ops
 from softprompt_fast.backends.cuda import _runtime
-from softprompt_fast.backends.cuda._runtime import indexes, view
 from softprompt_fast.backends.norm import KINDS
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
@@ -25,7 +24,7 @@ try:
 except ImportError:
     many_rows = torch_backend
 
-_cuda = _runtime._cuda
+_OP = native_ops.op("prompt_qkv", "cuda")
 
 backward = many_rows.backward
 
@@ -122,32 +121,14 @@ def into_cache(
     With ``start``, int32 or int64 ``[1]``, ``key`` and ``value`` are a whole static cache ``[B, Hkv, capacity, D]``,
     of which the S places from there on are written: which they are is read on the device. Too few are a device-side
     assertion."""
-    source = tokens if prompt is None else prompt
-    rows = _runtime.dense(prompt_offsets, prompt_index, own_start)
-    sizes = (*tokens.shape[:2], 0 if prompt is None else prompt.shape[0], prompt_length, source.shape[-1])
-    parameters = _runtime.dense(norm_weight, norm_bias)
-    split = None if biases is None else [x.contiguous() for x in biases]
-    _cuda.prompt_qkv(
-        None if table is None else (tokens.data_ptr(), *tokens.stride()),
-        view(tokens, 3) if table is None else None,
-        None if table is None else view(table, 2),
-        None if prompt is None else view(prompt, 2),
-        None if residual is None else view(residual, 3),
-        (*sizes, 0 if table is None else table.shape[0]),
-        tuple(indexes(x) for x in rows),
-        scale,
-        prompt_scale,
-        left,
-        (KINDS[norm], *(None if x is None else view(x, 1) for x in parameters), norm_offset, eps),
-        (q_heads, kv_heads, query.shape[3], value.shape[3]),
-        tuple(view(x, 2) for x in weights),
-        None if split is None else tuple(view(x, 1) for x in split),
-        None if cos is None or sin is None else (_angles(cos), _angles(sin), cos.shape[2], interleaved),
-        (view(query, 4), view(key, 4), view(value, 4)),
-        indexes(start),
-        key.shape[2],
-        _runtime.queue(source),
+    done = _OP(
+        *(tokens, table, prompt, *_runtime.dense(prompt_offsets, prompt_index, own_start)),
+        *(prompt_length, scale, prompt_scale, left, *weights),
+        *((None, None, None) if biases is None else _runtime.dense(*biases)),
+        *(q_heads, kv_heads, KINDS[norm], *_runtime.dense(norm_weight, norm_bias), norm_offset, eps),
+        *(cos, sin, interleaved, start, query, key, value, residual),
     )
+    native_ops.served(_runtime._cuda, done)
 
 
 def fits(
@@ -171,9 +152,3 @@ def fits(
         and all(stride % 8 == 0 for x in read for stride in x.stride()[:-1])
         and all(x is None or x.data_ptr() % 16 == 0 for x in (norm_weight, norm_bias))
     )
-
-
-def _angles(x: Tensor) -> tuple[int, ...]:
-    """A view whose stride over the batch is 0 where all rows share them."""
-    pointer, code, batch, *rest = view(x, 3)
-    return (pointer, code, batch if x.shape[0] > 1 else 0, *rest)
