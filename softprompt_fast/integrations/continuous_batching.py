@@ -61,6 +61,10 @@ class _AsSdpa:
         self.config._attn_implementation = _ATTENTION
 
     def __call__(self, **kwargs: Any) -> Any:
+        # With masks it asks for is_causal=False, which changes nothing here, for the mask says all. But transformers
+        # keeps it in the config that all threads share until the pass ends (`merge_with_config_defaults`): whatever
+        # another one ran meanwhile was not causal, a prompt being compiled for instance, and the config might stay so.
+        kwargs.pop("is_causal", None)
         return self._base(**kwargs)
 
     def eval(self) -> _AsSdpa:
