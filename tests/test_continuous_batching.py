@@ -272,6 +272,16 @@ def test_the_largest_request_that_fits_is_served_and_one_more_token_refused() ->
         texts(model, [row], **small)
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_what_fits_does_not_depend_on_how_far_the_thread_is(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching.PromptBatchingManager, "_run_generation_loop", lambda self: None)  # not far
+    manager = make_model().init_continuous_batching(continuous_batching_config=config(num_blocks=9))
+    if started:
+        manager.start()
+    with pytest.raises(ValueError, match="33 together, need 10 pages of 4, and the cache has 9"):
+        manager.add_request([1] * 21, max_new_tokens=3, prompt="b")
+
+
 def test_no_placeholder_is_a_token() -> None:
     """What keeps a prompt's ids from being computed as tokens, should a scheduler ever try: no embedding has them."""
     with pytest.raises(IndexError):
