@@ -81,8 +81,10 @@ class PromptGeneration:
             rows: how many there are where neither ids nor embeddings say so.
 
         Raises:
-            ValueError, IndexError, TypeError: inputs, a mask or a cache that don't fit each other or the base.
+            ValueError, IndexError, TypeError: inputs, a mask or a cache that don't fit each other or the base;
+                ``is_causal=False``.
         """
+        hooks.take_causal(options)
         input_ids = options.pop("input_ids", None)
         if inputs is not None and input_ids is not None:
             raise ValueError("inputs: pass either inputs or input_ids, not both")

@@ -153,12 +153,13 @@ class SoftPromptModel(BankedModel, GenerationMixin):
 
         Raises:
             ValueError: shapes that don't match, no token, a mask with holes, a cache of other prompts, too many
-                positions.
+                positions, ``is_causal=False``.
             KeyError: unknown prompt (the message lists the known ones).
             IndexError: a token id or a label outside the vocabulary.
         """
         if unknown := kwargs.keys() - self._base_arguments - SEGMENT_ARGUMENTS:
             raise TypeError(f"forward() got unexpected keyword arguments {sorted(unknown)}")
+        hooks.take_causal(kwargs)
         batch, length = check_inputs(input_ids, inputs_embeds, labels)
         if length == 0:
             name = "input_ids" if inputs_embeds is None else "inputs_embeds"

@@ -462,6 +462,16 @@ def test_a_misspelt_option(family: str) -> None:
         generate(make_model(family), max_new_tokns=3)
 
 
+@CALLS
+@FAMILIES
+def test_attention_that_is_not_causal(call: Callable[..., Any], family: str) -> None:
+    model = make_model(family)
+    with pytest.raises(ValueError, match="is_causal: expected True or None"):
+        call(model, is_causal=False)
+    found, expected = call(model, is_causal=True), call(model)
+    assert torch.equal(getattr(found, "logits", found), getattr(expected, "logits", expected))
+
+
 def test_what_the_expanded_path_refuses() -> None:
     model = make_model("bloom")
     ids = torch.cat([IDS, IDS])

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from models import Oracle, assert_same_logits, make_base, make_model, make_prompt, make_rows, pad_rows
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt_fast import SoftPromptModel
+from softprompt_fast.serving.engine import Engine
+from softprompt_fast.serving.requests import Request, Sampling
+from tests.families import FAMILIES, Family
 
 THREADS = 8
 ROWS = make_rows([3 + i for i in range(THREADS)])
@@ -144,6 +149,95 @@ def test_prompts_come_and_go_while_others_generate() -> None:
 
     together(work, range(5))
     assert model.prompt_names == ["a", "b"] and len(model.prompts) == 2
+
+
+def generate(model: SoftPromptModel) -> list[int]:
+    return model.generate(ROWS[4][None], prompt="a", max_new_tokens=3)[0, 7:].tolist()
+
+
+def serve(model: SoftPromptModel) -> list[int]:
+    with Engine(model) as engine:
+        return engine.submit(Request(ROWS[4].tolist(), "a", sampling=Sampling(max_tokens=3))).result().tokens
+
+
+def train(model: SoftPromptModel) -> list[float]:
+    prompt = model.get_prompt("trained")
+    model(ROWS[4][None], labels=ROWS[4][None], prompt="trained").loss.backward()
+    return prompt.embedding.weight.grad.flatten().tolist()
+
+
+def model_at_work(base: PreTrainedModel, backend: str | None = "torch") -> SoftPromptModel:
+    model = SoftPromptModel(base, backend=backend).eval()
+    for i, name in enumerate("abc"):
+        model.add_prompt(name, make_prompt(base, length=5 + i, seed=i).requires_grad_(False))
+    model.add_prompt("trained", make_prompt(base, seed=9))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("work", [generate, serve, train])
+def test_prompts_are_compiled_in_the_middle_of_other_threads_passes(family: str, work: Callable[..., Any]) -> None:
+    model, alone = model_at_work(make_base(family)), model_at_work(make_base(family))
+    here, inside, leave = threading.current_thread(), threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread() is not here:
+            inside.set()
+            assert leave.wait(timeout=60)
+
+    model.explain()  # whose probes are no passes
+    model.base.get_input_embeddings().register_forward_hook(hold)  # of own tokens: inside a pass of the base
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(work, model)
+        try:
+            assert inside.wait(timeout=60)
+            prefix = model.compile_prompt("b")
+        finally:
+            leave.set()
+    expected = alone.compile_prompt("b")
+    assert all(map(torch.equal, prefix.keys, expected.keys)) and all(map(torch.equal, prefix.values, expected.values))
+    assert found.result() == work(alone)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_calls_write_to_nothing_that_threads_share(
+    family: Family, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for a while, as some of transformers' options do: neither the base's configs, nor its modules, nor a
+    tensor of theirs."""
+    base = family.make()
+    model = model_at_work(base, backend)
+    for prompt in ("a", "trained"):
+        model(ROWS[0][None], prompt=prompt)  # what is planned once
+    tensors = {name: tensor for named in (base.named_parameters(), base.named_buffers()) for name, tensor in named}
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    shared = {id(module): name for name, module in base.named_modules()}
+    shared |= {
+        id(module.config): f"{name}.config" for name, module in base.named_modules() if hasattr(module, "config")
+    }
+    written: list[str] = []
+
+    def watch(owner: type, method: str) -> None:
+        real = getattr(owner, method)
+
+        def watched(self: Any, name: str, *value: Any) -> None:
+            if id(self) in shared and getattr(self, name, watch) is not (value[0] if value else watch):
+                written.append(f"{shared[id(self)]}.{name}")
+            real(self, name, *value)
+
+        monkeypatch.setattr(owner, method, watched, raising=False)
+
+    for owner in (torch.nn.Module, PreTrainedConfig):
+        watch(owner, "__setattr__")
+        watch(owner, "__delattr__")
+    for work in (generate, train, serve) if family.shares_prefix else (generate, train):
+        work(model)
+    model.generate(ROWS[4].expand(2, -1), prompt=["b", None], max_new_tokens=2)
+    model.compile_prompt("c")
+    model.explain()
+    assert written == []
+    assert {name: tensor._version for name, tensor in tensors.items()} == versions
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"], ["a", "b", None]], ids=str)

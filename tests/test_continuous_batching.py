@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -166,6 +167,35 @@ def test_the_model_serves_other_calls_meanwhile(manager: batching.PromptBatching
     assert out[0, 4:].tolist() == expected["b"] and result(manager, request_id) == expected["a"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_threads_use_the_base_in_the_middle_of_a_pass(family: str) -> None:
+    """Its thread is held inside a prefill, then inside a step; each time a prompt is compiled here."""
+    base = make_base(family)
+    prompts = {name: make_prompt(base, length=5 + i, seed=i) for i, name in enumerate("abc")}
+    model, oracle, (row,) = make_model(family, prompts, backend="torch"), Oracle(family), make_rows([4])
+    here, inside, leave = threading.current_thread(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread() is not here:
+            inside.release()
+            assert leave.acquire(timeout=60)
+
+    model.base.get_input_embeddings().register_forward_hook(hold)
+    known, seen, compiled = vars(model.base.config).copy(), [], {}
+    with model.continuous_batching_context_manager(continuous_batching_config=config()) as manager:
+        request_id = manager.add_request(row.tolist(), max_new_tokens=2, prompt="a")
+        for name in ("b", "c"):
+            assert inside.acquire(timeout=60)
+            seen.append(vars(model.base.config).copy())
+            compiled[name] = model.compile_prompt(name)
+            leave.release()
+        assert result(manager, request_id) == oracle.greedy(row, prompts["a"], 2)
+    for name, prefix in compiled.items():
+        alone = make_model(family, {name: prompts[name]}, backend="torch").compile_prompt(name)
+        assert all(map(torch.equal, prefix.keys, alone.keys)) and all(map(torch.equal, prefix.values, alone.values))
+    assert seen == [known, known] and vars(model.base.config) == known
+
+
 def test_the_active_prompt_and_streaming(manager: batching.PromptBatchingManager) -> None:
     (row,) = make_rows([4])
     manager._prompts.set_prompt("b")
@@ -240,6 +270,16 @@ def test_the_largest_request_that_fits_is_served_and_one_more_token_refused() ->
     assert texts(model, [row[:20]], **small) == [expected]
     with pytest.raises(ValueError, match="33 together, need 10 pages of 4, and the cache has 9"):
         texts(model, [row], **small)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_what_fits_does_not_depend_on_how_far_the_thread_is(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching.PromptBatchingManager, "_run_generation_loop", lambda self: None)  # not far
+    manager = make_model().init_continuous_batching(continuous_batching_config=config(num_blocks=9))
+    if started:
+        manager.start()
+    with pytest.raises(ValueError, match="33 together, need 10 pages of 4, and the cache has 9"):
+        manager.add_request([1] * 21, max_new_tokens=3, prompt="b")
 
 
 def test_no_placeholder_is_a_token() -> None:

@@ -61,6 +61,10 @@ class _AsSdpa:
         self.config._attn_implementation = _ATTENTION
 
     def __call__(self, **kwargs: Any) -> Any:
+        # With masks it asks for is_causal=False, which changes nothing here, for the mask says all. But transformers
+        # keeps it in the config that all threads share until the pass ends (`merge_with_config_defaults`): whatever
+        # another one ran meanwhile was not causal, a prompt being compiled for instance, and the config might stay so.
+        kwargs.pop("is_causal", None)
         return self._base(**kwargs)
 
     def eval(self) -> _AsSdpa:
@@ -119,6 +123,8 @@ class PromptBatchingManager(ContinuousBatchingManager):
     Raises:
         ValueError: the base can't be served so, or is spread over several devices; the message says why.
     """
+
+    batch_processor: ContinuousBatchProcessor | None
 
     def __init__(
         self,
@@ -190,11 +196,21 @@ class PromptBatchingManager(ContinuousBatchingManager):
             added.append(self.add_request(ids, None, *args, prompt=name, task=task, **kwargs))
         return [request_id for request_id in added if request_id is not None]
 
+    def start(self) -> None:
+        """Start the thread that generates, as transformers does; its cache is there when this returns."""
+        with self._adding:
+            self._processor()
+        super().start()
+
+    def _processor(self) -> ContinuousBatchProcessor:
+        """What has the cache: made before the thread needs it, or what fits would depend on when it does."""
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        return self.batch_processor
+
     def _check_fits(self, virtual: int, own: int) -> None:
         """Whether the whole cache could hold such a request: one that never finds room ends all others."""
-        if self.batch_processor is None:
-            return
-        cache = self.batch_processor.cache
+        cache = self._processor().cache
         size = cache.cache_allocators[FULL_ATTENTION].tokens_per_page
         pages = -(-(virtual + own) // size) + (virtual % size > 0)  # a page that is not full is copied
         if pages > cache.num_blocks:

@@ -354,6 +354,17 @@ def forward_arguments(base: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters) | TransformersKwargs.__annotations__.keys()
 
 
+def take_causal(options: dict[str, Any]) -> None:
+    """Take ``is_causal`` out of a call's `options`: the base must not be given it, for transformers writes it into the
+    config, where the calls of other threads find it.
+
+    Raises:
+        ValueError: it asks for attention that is not causal, behind which no prefix can be computed once.
+    """
+    if options.pop("is_causal", None) not in (None, True):
+        raise ValueError("is_causal: expected True or None; a prompt is computed once, which needs causal attention")
+
+
 def num_attention_layers(base: PreTrainedModel) -> int:
     return int(base.config.get_text_config(decoder=True).num_hidden_layers)
 
