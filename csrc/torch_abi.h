@@ -4,10 +4,12 @@
 // are found at run time in the libtorch that Python has loaded: building needs no torch, and one
 // build serves every version that has them.
 //
-// A boxed kernel gets a stack of 64-bit values, one an argument, and leaves one a result (here
-// none: results are arguments too, so that they come from Python's torch.empty, whatever mode it is
-// in). A value is a number's own bits, or a tensor's handle, which the callee owns; of an optional
-// argument it is 0, or the address of such a value, which the callee frees.
+// A boxed kernel gets a stack of 64-bit values, one an argument, and leaves one a result. A value
+// is a number's own bits, or a tensor's handle, which the receiver owns; of an optional one it is
+// 0, or the address of such a value, which the receiver frees.
+//
+// No exception may pass through PyTorch, whose C++ runtime can be another one. So our ops say by
+// their results whether they served a call, and refusal() says why not.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <mutex>
 #include <stdexcept>
 
 #include "../checks.h"
@@ -120,8 +121,12 @@ inline int processors(int) { return 4; }  // few, so that tests split their work
 inline int shared_of_block(int) { return 227 << 10; }
 inline int shared_of_processor(int) { return 228 << 10; }
 
+// One kernel after another, as on a stream, whichever threads they come from.
+inline std::mutex stream;
+
 template <auto kernel, typename Params>
 void launch(const Queue&, const Grid& grid, const Params& params) {
+  const std::lock_guard<std::mutex> lock(stream);
   emulator::run(kernel, grid.blocks, dim3(grid.threads), grid.shared, params);
 }
 
