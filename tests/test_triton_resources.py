@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 triton = pytest.importorskip("triton")
 
@@ -31,8 +32,15 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Any]:
-    return run()
+def compiled(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
+    """Minutes of both cores, so once for all workers of a run."""
+    if worker_id == "master":
+        return run()
+    shared = tmp_path_factory.getbasetemp().parent / "triton_resources.json"
+    with FileLock(shared.with_suffix(".lock")):
+        if not shared.is_file():
+            shared.write_text(json.dumps(run()), encoding="utf-8")
+        return json.loads(shared.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
