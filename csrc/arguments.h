@@ -32,18 +32,18 @@ inline int64_t as_number(const char* name, PyObject* given) {
 }
 
 // (data pointer, dtype code, stride, ...), strides in elements; None: no tensor. `used`: a kernel
-// will touch it, so there must be memory; without, an empty tensor's null pointer is fine. `last`:
-// the last dtype that the caller's kernels read.
+// will touch it, so there must be memory; without, an empty tensor's null pointer is fine.
 inline Tensor as_tensor(const char* name, pybind11::handle given, int64_t dimensions,
-                        bool used = false, DType last = DType::kInt8) {
+                        bool used = false) {
   Tensor tensor;
   if (!given.is_none()) {
     PyObject* tuple = as_tuple(name, given, dimensions + 2, "a pointer, a dtype code and strides");
     const auto number = [&](int64_t i) { return as_number(name, PyTuple_GET_ITEM(tuple, i)); };
     tensor.data = reinterpret_cast<void*>(number(0));
     const int64_t dtype = number(1);
-    SOFTPROMPT_FAST_CHECK(dtype >= 0 && dtype <= static_cast<int64_t>(last), name,
-                          ": expected a dtype code 0..", static_cast<int>(last), ", found ", dtype);
+    constexpr int64_t kLast = static_cast<int64_t>(DType::kInt8);
+    SOFTPROMPT_FAST_CHECK(dtype >= 0 && dtype <= kLast, name, ": expected a dtype code 0..", kLast,
+                          ", found ", dtype);
     tensor.dtype = static_cast<DType>(dtype);
     for (int64_t i = 0; i < dimensions; ++i) {
       tensor.stride[i] = number(2 + i);

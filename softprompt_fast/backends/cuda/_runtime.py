@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt_fast.backends import native, native_ops
 
 #: Codes of ``csrc/tensor.h``.
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
