@@ -62,6 +62,7 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-e
 # GPUs that the CUDA kernels are built for: a later one of a generation runs code of an earlier, and what comes after
 # these compiles the PTX of the last. "a" allows instructions of that very chip.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
+HOPPER = "code=sm_90a"  # instructions of this chip alone are in files named *_sm90a.cu
 NVCC_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
@@ -109,7 +110,7 @@ class NinjaBuildExt(build_ext):
             f"  command = $cxx {link} $in -o $out $libraries {openmp} {extra} {os.environ.get('LDFLAGS', '')}",
         ]
         if cuda:
-            command = f"{nvcc()} -MMD -MF $out.d -ccbin $cxx {NVCC_FLAGS} {gencode(cuda_archs())} -c $in -o $out"
+            command = f"{nvcc()} -MMD -MF $out.d -ccbin $cxx {NVCC_FLAGS} $archs $more -c $in -o $out"
             lines += ["rule cuda", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
         objects = []
         for source in extension.sources:
@@ -117,7 +118,10 @@ class NinjaBuildExt(build_ext):
             objects.append(f"{source}.o")
             lines.append(f"build {objects[-1]}: {'cuda' if name.endswith('.cu') else 'compile'} {ROOT / source}")
             more = shlex.join(defines) if name == "registration.cpp" else ISA_FLAGS.get(name, "")
-            lines.append(f"  more = {more}")
+            archs = cuda_archs()
+            if name.endswith("_sm90a.cu") and HOPPER in gencode(archs):
+                archs, more = "9.0a", "-DSOFTPROMPT_FAST_SM90A"
+            lines += [f"  more = {more}", f"  archs = {gencode(archs)}"]
         lines.append(f"build {target}: link {' '.join(objects)}")
         libraries = [] if sys.platform == "darwin" else ["-ldl"]
         if cuda:  # the static runtime: it finds the driver when it is called, so the module loads without one

@@ -229,7 +229,8 @@ def settings(device: torch.device, smoke: bool) -> Iterator[Case]:
         s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
         case = decode_case(s, device)
         case.name = ", ".join((f"decode {s}", *chosen))
-        case.systems = {name: case.systems[name] for name in ("ours", "Triton")}
+        kept = ("ours", "mma.sync", "Triton")
+        case.systems = {name: case.systems[name] for name in kept if name in case.systems}
         case.bars = [Bar("times its floor", over_floor, at_most=1.25)]
         yield case
 
@@ -243,10 +244,23 @@ def decode_case(s: Sizes, device: torch.device) -> Case:
         "Triton": System(lambda x: ops.prefix_attention(*x, backend="triton")),
         **attention_systems(s),
     }
+    if asked == "cuda":
+        systems["mma.sync"] = System(without_wgmma)
     if device.type == "cpu":
         systems["SDPA"] = System(sdpa(None, False), expanded)
     inputs = partial(attention_inputs, s, device)
     return Case(f"decode {s}", inputs, systems, s.flops, s.moved, reference, compare, backend=asked)
+
+
+def without_wgmma(inputs: tuple[Tensor, ...]) -> Tensor:
+    """The CUDA kernel whose products are a warp's each, as on GPUs that have no other."""
+    from softprompt_fast.backends.cuda import _runtime
+
+    before = _runtime._cuda.use_wgmma(False)
+    try:
+        return ops.prefix_attention(*inputs, backend="cuda")
+    finally:
+        _runtime._cuda.use_wgmma(before)
 
 
 def of_library(row: Row) -> float:

@@ -40,9 +40,13 @@ INSTRUCTIONS = {
 MEANT = {
     r"^(merge_states|prompt_concat)\w*<(.*\b8|float, 4)>$": {"ld.128", "st.128"},
     r"^prefix_attention_decode<": {"mma", "cp.async", "ldmatrix"},
+    r"^prefix_attention_decode<.*true>": {"wgmma"},
     r"^prompt_qkv<": {"mma", "ld.128", "st.128"},
 }
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
+
+#: Files for one architecture alone, by the end of their stem: what setup.py defines for them.
+SPECIAL = {"sm_90a": "-DSOFTPROMPT_FAST_SM90A"}
 
 Rows = dict[str, list[Any]]  # "file | kernel | architecture" -> a value per column
 
@@ -84,10 +88,14 @@ def demangled(names: list[str]) -> dict[str, str]:
 def compiled(source: Path, arch: str) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
-        command = ["nvcc", *FLAGS, f"-arch={arch}", str(source), "-o", str(cubin)]
+        special = [SPECIAL[arch]] if source.stem.endswith(tag(arch)) else []
+        command = ["nvcc", *FLAGS, f"-arch={arch}", *special, str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{source.name} for {arch}: {done.stderr}")
+        # ptxas makes asynchronous products wait for one another where it sees their registers in use.
+        if serialized := re.search(r".*wgmma.* serialized.*", done.stderr):
+            raise RuntimeError(f"{source.name} for {arch}: {serialized[0]}")
         used = instructions(cubin)
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -126,8 +134,18 @@ def has(operation: str, code: str) -> bool:
     return parts[0] == code.split(".")[0] and set(code.split(".")) <= set(parts)
 
 
+def tag(arch: str) -> str:
+    """The end of the stem of a file for this architecture alone."""
+    return "_" + arch.replace("_", "")
+
+
+def suits(source: Path, arch: str) -> bool:
+    return source.stem.endswith(tag(arch)) or not source.stem.endswith(tuple(map(tag, SPECIAL)))
+
+
 def compile_all(architectures: tuple[str, ...], only: str, processes: int) -> Rows:
-    tasks = [(s, a) for s in sorted(SOURCES.glob("*.cu")) if re.search(only, s.name) for a in architectures]
+    sources = [s for s in sorted(SOURCES.glob("*.cu")) if re.search(only, s.name)]
+    tasks = [(s, a) for s in sources for a in architectures if suits(s, a)]
     rows: Rows = {}
     with ThreadPoolExecutor(processes) as pool:
         for found in pool.map(lambda task: compiled(*task), tasks):

@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ LARGER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["wgmma", "mma"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Large tiles on a warpgroup's products, where the device has them, and on a warp's."""
+    if request.param == "wgmma" and ON_GPU and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a warpgroup's products are for compute capability 9.0")
+    before = _runtime._cuda.use_wgmma(request.param == "wgmma")
+    yield request.param
+    _runtime._cuda.use_wgmma(before)
+
+
 def run(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     with poisoned_memory(), choosing(stack_queries=True):
         return cuda.forward(*arguments(inputs))
@@ -64,10 +75,41 @@ def test_forward(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("name", LARGER)
-def test_larger(name: str, head_dim: int) -> None:
+def test_larger(name: str, head_dim: int, products: str) -> None:
     """With both sizes of large tiles."""
+    if head_dim == 256 and products == "wgmma":
+        pytest.skip("heads of 256 have no warpgroup's products")
     inputs = attention_inputs(dtype=torch.bfloat16, head_dim=head_dim, **LARGER[name])
     check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+# Tiles of 66 to 128 queries, which a warpgroup takes, against one block of keys to seven.
+@pytest.mark.parametrize("prefix", [1, 64, 65, 128, 200, 447])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 150}, {"softcap": 3.0, "sinks": True}], ids=str)
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(128, 128), (64, 40), (100, 128)])
+def test_tiles_of_a_warpgroup(head_dim: int, v_dim: int, options: dict[str, Any], prefix: int, products: str) -> None:
+    batch = 11 + prefix % 7
+    inputs = attention_inputs(
+        dtype=DTYPES[prefix % 2], batch=batch, q_heads=6, kv_heads=1, queries=1, own=5, prefix=prefix,
+        head_dim=head_dim, v_dim=v_dim, **options,
+    )  # fmt: skip
+    check(run(inputs), inputs.to(torch.float64), inputs)
+
+
+def test_a_warpgroup_is_used() -> None:
+    """Whose products add up in another order, so that something differs in some bit."""
+    inputs = attention_inputs(
+        dtype=torch.bfloat16, batch=20, q_heads=6, kv_heads=1, queries=1, own=5, prefix=500, head_dim=128
+    )
+    if ON_GPU and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a warpgroup's products are for compute capability 9.0")
+    before = _runtime._cuda.use_wgmma(True)
+    try:
+        found = run(inputs)[1]
+        _runtime._cuda.use_wgmma(False)
+        assert not torch.equal(found, run(inputs)[1])
+    finally:
+        _runtime._cuda.use_wgmma(before)
 
 
 @pytest.mark.parametrize(("name", "value"), [("TILE", "64"), ("TILE", "16"), ("PREFIX_BLOCKS", "7")])

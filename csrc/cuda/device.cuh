@@ -156,6 +156,15 @@ __device__ __forceinline__ uint32_t pack2<BFloat16>(float low, float high) {
 }
 #endif
 
+// x, but the compiler does not see that: what follows from it is worked out where it is used rather
+// than kept in registers around a loop.
+__device__ __forceinline__ int opaque(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- vectors ----
 
 // `size` neighbours in memory, moved by one instruction of up to 16 bytes, which their address has
@@ -248,21 +257,24 @@ __device__ __forceinline__ float warp_max(float x) {
 
 // ---- shared memory ----
 
-// The launch's dynamic shared memory, at a multiple of 128 bytes. There is no other.
+// The launch's dynamic shared memory, at a multiple of 1024 bytes. There is no other.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #if defined(__CUDACC__)
-  extern __shared__ __align__(128) unsigned char softprompt_fast_shared[];
+  extern __shared__ __align__(1024) unsigned char softprompt_fast_shared[];
   return softprompt_fast_shared;
 #else
   return emulator::block().shared_memory();
 #endif
 }
 
-#if defined(__CUDACC__)
+// As an instruction takes it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
+#if defined(__CUDACC__)
   return (uint32_t)__cvta_generic_to_shared(p);
-}
+#else
+  return (uint32_t)((const unsigned char*)p - emulator::block().shared_memory());
 #endif
+}
 
 // Barrier `id` (1..15; 0 is __syncthreads) for `threads` of the block, whole warps.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
@@ -309,6 +321,7 @@ __device__ __forceinline__ void cp_async_wait() {
   auto& groups = emulator::thread().copies;
   while ((int)groups.size() - 1 > pending) {
     for (emulator::Copy& copy : groups.front()) emulator::perform(copy);
+    emulator::thread().unfenced |= !groups.front().empty();
     groups.erase(groups.begin());
   }
 #endif

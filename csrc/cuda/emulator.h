@@ -4,10 +4,11 @@
 // others (a barrier, a shuffle, a matrix product) or ends, and blocks run in random order.
 //
 // Made to find faults, not to be fast. Shared memory starts as NaN, and each asynchronous copy
-// happens at random when it is issued or when it is waited for; a barrier or a wait that is missing
-// then shows in the result, mostly at the first run. Reported, as std::runtime_error, are: threads
-// that wait for others that never come, warps that disagree about what they meet for, addresses
-// that an instruction would not take, and writes behind the shared memory that was asked for.
+// happens at random when it is issued or when it is waited for, and so does a warpgroup's product;
+// a barrier or a wait that is missing then shows in the result, mostly at the first run. Reported,
+// as std::runtime_error, are: threads that wait for others that never come, warps that disagree
+// about what they meet for, addresses that an instruction would not take, and writes behind the
+// shared memory that was asked for.
 //
 // Not modelled: blocks that wait for each other, partial masks, visibility between blocks.
 #pragma once
@@ -22,6 +23,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -62,7 +64,7 @@ namespace cuda {
 namespace emulator {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10, kGuard = 1024;
+constexpr size_t kStack = 256 << 10, kGuard = 1024, kAligned = 1024;
 
 // xorshift: any order will do, but the same one in every run.
 inline uint64_t random_bits() {
@@ -92,6 +94,9 @@ struct Thread {
   bool finished = false;
   const char* waits_for = nullptr;
   std::vector<std::vector<Copy>> copies{1};  // a committed group each, the last one still open
+  bool unfenced = false;                     // copies came since its last fence for tensor cores
+  // Of a warp's first thread: its products under way, grouped in the same manner.
+  std::vector<std::vector<std::function<void()>>> products{1};
   ucontext_t start;
   jmp_buf resume;
 };
@@ -107,7 +112,7 @@ class Block {
     threads_.resize(count);
     stacks_ = std::make_unique<char[]>(count * kStack);
     shared_size_ = shared;
-    shared_.resize(shared + kGuard + 128);
+    shared_.resize(shared + kGuard + kAligned);
   }
 
   void run(dim3 at, void (*body)(const void*), const void* params);
@@ -115,8 +120,13 @@ class Block {
   Thread& current() { return *current_; }
   int lane() const { return current_->number % kWarp; }
 
+  Thread& warp_leader() { return threads_[current_->number / kWarp * kWarp]; }
+  bool any_unfenced() const {
+    return std::any_of(threads_.begin(), threads_.end(), [](const auto& t) { return t.unfenced; });
+  }
+
   unsigned char* shared_memory() {
-    return (unsigned char*)(((uintptr_t)shared_.data() + 127) & ~uintptr_t{127});
+    return (unsigned char*)(((uintptr_t)shared_.data() + kAligned - 1) & ~uintptr_t{kAligned - 1});
   }
   bool in_shared(const void* p, size_t bytes) {
     const auto* first = shared_memory();

@@ -4,6 +4,8 @@
 // header.
 #pragma once
 
+#include <atomic>
+
 #include "../merge_states.h"
 #include "../prompt_concat.h"
 #include "../prompt_qkv.h"
@@ -35,6 +37,10 @@ int64_t shared_of_prefix_attention(int head_dim, int v_dim);
 // The plan of a call; its workspace and counters are the caller's, who asks for their sizes first.
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device);
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
+
+// Whether large tiles are a warpgroup's products where a GPU of 9.0, and the build, have them.
+// SOFTPROMPT_FAST_CUDA_WGMMA=0 at the first call: no.
+std::atomic<bool>& use_wgmma();
 
 // Which capture the queue's stream takes part in; 0: none.
 uint64_t capture_of(const Queue& queue);

@@ -63,6 +63,10 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+inline bool is_hopper(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+}
 inline int shared_of_block(int device) {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
@@ -118,6 +122,7 @@ inline void set_zero(const Queue& queue, void* at, size_t bytes) {
 #else
 
 inline int processors(int) { return 4; }  // few, so that tests split their work too
+inline bool is_hopper(int) { return true; }
 inline int shared_of_block(int) { return 227 << 10; }
 inline int shared_of_processor(int) { return 228 << 10; }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "launch.h"
@@ -10,6 +11,9 @@ namespace cuda {
 
 template <int kHeadDim>
 void launch_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue);
+template <int kHeadDim>
+void launch_on_warpgroups(const PrefixAttentionDecode& op, const Queue& queue);
+bool has_warpgroups(int device);
 extern template void launch_prefix_attention<64>(const PrefixAttentionDecode&, const Queue&);
 extern template void launch_prefix_attention<96>(const PrefixAttentionDecode&, const Queue&);
 extern template void launch_prefix_attention<128>(const PrefixAttentionDecode&, const Queue&);
@@ -70,6 +74,12 @@ int wanted_blocks() {
 
 }  // namespace
 
+std::atomic<bool>& use_wgmma() {
+  const char* given = getenv("SOFTPROMPT_FAST_CUDA_WGMMA");
+  static std::atomic<bool> use(given == nullptr || strcmp(given, "0") != 0);
+  return use;
+}
+
 int64_t shared_of_device(int device) { return shared_of_block(device); }
 
 int64_t shared_of_prefix_attention(int head_dim, int v_dim) {
@@ -87,8 +97,14 @@ void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue) {
   if (op.plan.blocks() > INT32_MAX) {
     throw std::invalid_argument(concat("expected fewer rows, found ", op.plan.batch));
   }
-  with_head_dim(most(op.head_dim, op.v_dim),
-                [&](auto dim) { launch_prefix_attention<dim()>(op, queue); });
+  const bool on_warpgroups =
+      op.prefix_key.dtype == op.query.dtype && use_wgmma() && has_warpgroups(queue.device);
+  with_head_dim(most(op.head_dim, op.v_dim), [&](auto dim) {
+    if constexpr (dim() == 64 || dim() == 128) {
+      if (on_warpgroups) return launch_on_warpgroups<dim()>(op, queue);
+    }
+    launch_prefix_attention<dim()>(op, queue);
+  });
 }
 
 uint64_t capture_of(const Queue& queue) {

@@ -205,6 +205,9 @@ void bind_prefix_attention(pybind11::module_& module) {
   module.def(
       "last_workspace", [] { return last_workspace; },
       "Floats of the workspace of this thread's last call.");
+  module.def(
+      "use_wgmma", [](bool use) { return use_wgmma().exchange(use); },
+      "Whether later calls of this process may use a warpgroup's products; what held before.");
   module.def("shared_of_device", &shared_of_device,
              "Bytes of shared memory that a block may have on a device.");
   module.def("shared_of_prefix_attention", &shared_of_prefix_attention,

@@ -7,6 +7,7 @@
 // 16 queries, and each a quarter of every block of keys, so that a row with a handful of queries
 // still has four warps at work. Keys and values come by cp.async, two blocks of kDecodeKeys ahead.
 // Products are mma.m16n8k16: scores leave one in the layout in which the next one wants weights.
+// With kWarpgroup those of tiles of more than 64 queries are wgmma, whose layouts are the same.
 //
 // Entries of 8 bits are widened, exactly, on their way from one part of shared memory to another;
 // scores are multiplied by a key's scale, weights by a value's. (In float16 a weight times a small
@@ -19,8 +20,8 @@
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "prefix_attention_decode.h"
+#include "warpgroup.cuh"
 
 namespace softprompt_fast {
 namespace cuda {
@@ -36,23 +37,45 @@ struct KeySource {
   bool vector;
 };
 
+// Largest score, and the sum of weights 2^(score - largest).
+struct Softmax {
+  float top = -INFINITY, sum = 0.0f;
+
+  __device__ float shift() const { return top == -INFINITY ? 0.0f : top; }  // -inf - -inf is NaN
+  __device__ float log2() const { return sum == 0.0f ? -INFINITY : top + log2f(sum); }
+  __device__ float norm() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  // With one more score; what the weights so far are multiplied by.
+  __device__ float add(float score) {
+    const Softmax with = {fmaxf(top, score)};
+    const float fade = exp2_approximate(top - with.shift());
+    sum = sum * fade + exp2_approximate(score - with.shift());
+    top = with.top;
+    return fade;
+  }
+};
+
 // Heads are padded with zeros up to kHeadDim.
 template <int kHeadDim>
 struct DecodeShared {
   static constexpr int kTile = decode_tile(kHeadDim);
   static constexpr int kBlock = kDecodeKeys * kHeadDim;
 
-  uint16_t query[kTile * kHeadDim];
+  alignas(1024) uint16_t query[kTile * kHeadDim];
   // [stage][keys, values]. Of 8-bit entries the first half has both stages, the second half a block
   // of keys and one of values, widened.
-  alignas(128) uint16_t ring[kStages * 2 * kBlock];
+  alignas(1024) uint16_t ring[kStages * 2 * kBlock];
   float key_scale[kDecodeKeys], value_scale[kDecodeKeys];
   Interval seen[kTile];  // by stacked query, before the tile's share is cut from it
+  Interval share;        // keys
   DecodeItem item;
+  int slot;    // of its partial results in the workspace
+  bool whole;  // its results are its queries' whole results
+  unsigned arrival;
   KeySource from;
   int row[kTile];         // the tile's rows
   int16_t merged[kTile];  // by row: the shares of its prefix if it is to be merged here, else -1
   Interval warp_seen[kDecodeWarps];
+  Interval warp_open[kDecodeWarps];  // keys that all queries of a warp see
   float warp_top[kDecodeWarps][kSmallTile], warp_sum[kDecodeWarps][kSmallTile];
 
   // Before the ring is in use, and after.
@@ -65,14 +88,24 @@ struct DecodeShared {
   static_assert(kDecodeWarps * kSmallTile * kHeadDim * 4 <= sizeof(ring), "states lie in the ring");
 };
 
-// Place of a 16-byte chunk in a block of rows of kHeadDim 16-bit numbers. Eight rows' chunks of one
-// column, as ldmatrix reads them, lie in different banks.
+// Products of a warpgroup leave no registers for it: of thread, fragment and row.
 template <int kHeadDim>
+struct WarpgroupShared : DecodeShared<kHeadDim> {
+  Softmax softmax[2 * decode_fragments(kHeadDim)][kDecodeThreads];
+};
+
+// Place of a 16-byte chunk in a block of kRows rows of kHeadDim 16-bit numbers. Eight rows' chunks
+// of one column, as ldmatrix reads them, lie in different banks. Panels of 64 columns are as
+// warpgroup.cuh has them.
+template <int kHeadDim, int kRows>
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
   constexpr int kChunks = kHeadDim / 8;
   static_assert(kChunks % 4 == 0, "heads of 32, 64, 96, ...");
-  const int turned = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
-  return (row * kChunks + turned) * 8;
+  if constexpr (kChunks % 8 == 0) {
+    return ((chunk / 8 * kRows + row) * 8 + ((chunk ^ row) & 7)) * 8;
+  } else {
+    return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 8;
+  }
 }
 
 // 16 bytes of a tensor's features: `valid` of them, then zeros. vector: all or none are valid, they
@@ -128,23 +161,6 @@ __device__ __forceinline__ float load_float(const Tensor& tensor, int64_t at) {
       return static_cast<const float*>(tensor.data)[at];
   }
 }
-
-// Largest score, and the sum of weights 2^(score - largest).
-struct Softmax {
-  float top = -INFINITY, sum = 0.0f;
-
-  __device__ float shift() const { return top == -INFINITY ? 0.0f : top; }  // -inf - -inf is NaN
-  __device__ float log2() const { return sum == 0.0f ? -INFINITY : top + log2f(sum); }
-  __device__ float norm() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
-  // With one more score; what the weights so far are multiplied by.
-  __device__ float add(float score) {
-    const Softmax with = {fmaxf(top, score)};
-    const float fade = exp2_approximate(top - with.shift());
-    sum = sum * fade + exp2_approximate(score - with.shift());
-    top = with.top;
-    return fade;
-  }
-};
 
 struct Query {
   int row, head, i;
@@ -299,15 +315,18 @@ __device__ void merge_rows(const PrefixAttentionDecode& p, const DecodeShared<kH
 // ---- an item ----
 
 // kAcross: among how many warps a tile's queries are shared; the keys of a block, among the rest.
-template <typename T, typename Entry, int kHeadDim, int kAcross, int kFragments>
+// kWarpgroup: products are the warpgroup's, of all of the block's queries and keys.
+template <typename T, typename Entry, int kHeadDim, int kAcross, int kFragments, bool kWarpgroup>
 struct Attend {
   static constexpr bool kWiden = sizeof(Entry) == 1;
   static constexpr bool kScaleWeights = kWiden && !std::is_same<T, Half>::value;
   static constexpr int kAlong = kDecodeWarps / kAcross;
   static constexpr int kRows = 16 * kAcross * kFragments;
   static constexpr int kWarpKeys = kDecodeKeys / kAlong;
-  static constexpr int kStep = kWarpKeys < 32 ? kWarpKeys : 32;
+  static constexpr int kStep = kWarpKeys < 32 || kWarpgroup ? kWarpKeys : 32;
   static constexpr int kBlock = kDecodeKeys * kHeadDim;
+  static_assert(!kWarpgroup ||
+                (kAlong == 1 && kFragments == 2 && kHeadDim % kPanel == 0 && !kWiden));
 
   using Shared = DecodeShared<kHeadDim>;
 
@@ -316,17 +335,22 @@ struct Attend {
   // Read again wherever they are needed: in registers they would push accumulators out.
   const DecodeItem& item = shared.item;
   const KeySource& from = shared.from;
-  Interval share = {};
+  const Interval& share = shared.share;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int warp_rows = warp % kAcross * 16, warp_keys = warp / kAcross * kWarpKeys;
-  int live = 0;        // fragments of this warp that have queries
-  Interval open = {};  // keys that all queries of this warp see
+  int live = 0;  // fragments of this warp that have queries
   float accumulator[kFragments][kHeadDim / 8][4] = {};
-  Softmax softmax[kFragments][2] = {};  // of rows lane / 4 and lane / 4 + 8; sums are this lane's
+  // Of rows lane / 4 and lane / 4 + 8; sums are this lane's. A warpgroup's is in shared memory.
+  Softmax softmax[kFragments][2] = {};
+
+  __device__ Softmax& kept(int f, int half) {
+    return static_cast<WarpgroupShared<kHeadDim>&>(shared)
+        .softmax[2 * f + half][opaque((int)threadIdx.x)];
+  }
 
   __device__ int fragment_row(int f) const { return f * 16 * kAcross + warp_rows; }
 
-  __device__ void load_queries() const {
+  __device__ __forceinline__ void load_queries() const {
     constexpr int kChunks = kHeadDim / 8;
     for (int c = threadIdx.x; c < kRows * kChunks; c += kDecodeThreads) {
       const int j = c / kChunks, chunk = c % kChunks;
@@ -339,38 +363,60 @@ struct Attend {
         at = q.row * p.query.stride[0] + q.head * p.query.stride[1] + q.i * p.query.stride[2] +
              chunk * 8 * p.query.stride[3];
       }
-      copy_chunk<uint16_t>(shared.query + chunk_at<kHeadDim>(j, chunk), p.query.data, at,
+      copy_chunk<uint16_t>(shared.query + chunk_at<kHeadDim, kRows>(j, chunk), p.query.data, at,
                            p.query.stride[3], p.vector_query, valid);
     }
   }
 
-  // Block number t of the share into its stage; nothing where there is none.
-  __device__ void load_keys(int t) const {
-    constexpr int kEach = 16 / sizeof(Entry), kChunks = kHeadDim / kEach;
-    const int begin = share.low + t * kDecodeKeys;
-    unsigned char* stage =
-        reinterpret_cast<unsigned char*>(shared.ring) + t % kStages * 2 * kBlock * sizeof(Entry);
-    if (begin < share.high) {
-#pragma unroll 1
-      for (int c = threadIdx.x; c < kDecodeKeys * kChunks; c += kDecodeThreads) {
-        const int n = c / kChunks, chunk = c % kChunks;
-        const bool exists = begin + n < share.high;
-        const int to = kWiden ? c * kEach : chunk_at<kHeadDim>(n, chunk);
-        const int64_t key = int64_t{begin} + n;
-        copy_chunk<Bits>(stage + to * sizeof(Entry), from.key,
-                         key * from.key_stride + chunk * kEach * from.key_feature, from.key_feature,
-                         from.vector, exists ? p.head_dim - chunk * kEach : 0);
-        copy_chunk<Bits>(stage + (kBlock + to) * sizeof(Entry), from.value,
-                         key * from.value_stride + chunk * kEach * from.value_feature,
-                         from.value_feature, from.vector, exists ? p.v_dim - chunk * kEach : 0);
-      }
-    }
-    cp_async_commit();
-  }
   using Bits = std::conditional_t<kWiden, uint8_t, uint16_t>;
 
+  // Keys or values of block number t of the share into its stage; nothing where there is none.
+  template <bool values>
+  __device__ __forceinline__ void load(int t) const {
+    constexpr int kEach = 16 / sizeof(Entry), kChunks = kHeadDim / kEach;
+    const int begin = share.low + t * kDecodeKeys, count = share.high - begin;
+    if (count <= 0) return;
+    unsigned char* stage = reinterpret_cast<unsigned char*>(shared.ring) +
+                           (t % kStages * 2 + values) * kBlock * sizeof(Entry);
+    const auto place = [&](int n, int chunk) {
+      const int at =
+          kWiden ? n * kHeadDim + chunk * kEach : chunk_at<kHeadDim, kDecodeKeys>(n, chunk);
+      return stage + at * sizeof(Entry);
+    };
+    const int64_t stride = values ? from.value_stride : from.key_stride;
+    const int64_t feature = values ? from.value_feature : from.key_feature;
+    const Bits* source = static_cast<const Bits*>(values ? from.value : from.key) + begin * stride;
+    const int width = values ? p.v_dim : p.head_dim, thread = opaque((int)threadIdx.x);
+    if constexpr (kDecodeThreads % kChunks == 0) {
+      // A thread has one column of chunks: few instructions beside the products.
+      if (from.vector) {
+        constexpr int kAtOnce = kDecodeThreads / kChunks;
+        const int first = thread / kChunks, chunk = thread % kChunks;
+        source += first * stride + chunk * kEach;
+#pragma unroll
+        for (int n = 0; n < kDecodeKeys; n += kAtOnce) {
+          cp_async_16(place(first + n, chunk), source, first + n < count && chunk * kEach < width);
+          source += kAtOnce * stride;
+        }
+        return;
+      }
+    }
+#pragma unroll 1
+    for (int c = thread; c < kDecodeKeys * kChunks; c += kDecodeThreads) {
+      const int n = c / kChunks, chunk = c % kChunks;
+      copy_chunk<Bits>(place(n, chunk), source, n * stride + chunk * kEach * feature, feature,
+                       from.vector, n < count ? width - chunk * kEach : 0);
+    }
+  }
+
+  __device__ __forceinline__ void load_block(int t) const {
+    load<false>(t);
+    load<true>(t);
+    cp_async_commit();
+  }
+
   // Block t's 8-bit entries as numbers that products take, and their scales.
-  __device__ void widen(int t) const {
+  __device__ __forceinline__ void widen(int t) const {
     constexpr int kChunks = kHeadDim / 16;
     const Entry* stage = reinterpret_cast<const Entry*>(shared.ring) + t % kStages * 2 * kBlock;
     const int begin = share.low + t * kDecodeKeys;
@@ -396,9 +442,10 @@ struct Attend {
           wide.at[i] =
               pack2<T>(to_float(entries.at[at]) * factor, to_float(entries.at[at + 1]) * factor);
         }
-        store_vector(reinterpret_cast<uint32_t*>(wide_block(which) +
-                                                 chunk_at<kHeadDim>(row, c % kChunks * 2 + half)),
-                     wide);
+        store_vector(
+            reinterpret_cast<uint32_t*>(
+                wide_block(which) + chunk_at<kHeadDim, kDecodeKeys>(row, c % kChunks * 2 + half)),
+            wide);
       }
     }
   }
@@ -407,8 +454,25 @@ struct Attend {
     return shared.ring + (kStages + which) * kBlock;
   }
 
+  __device__ __forceinline__ void compute_warps(int blocks) {
+    for (int t = 0; t < blocks; ++t) {
+      cp_async_wait<kStages - 1>();
+      __syncthreads();
+      if constexpr (kWiden) {
+        widen(t);
+        __syncthreads();
+        load_block(t + kStages);
+      }
+      if (live > 0) compute(t);
+      if (!kWiden) {
+        __syncthreads();
+        load_block(t + kStages);
+      }
+    }
+  }
+
   // This warp's queries against its keys of block t.
-  __device__ void compute(int t) {
+  __device__ __forceinline__ void compute(int t) {
     const uint16_t* keys = kWiden ? wide_block(0) : shared.ring + t % kStages * 2 * kBlock;
     const uint16_t* values = keys + kBlock;
 #pragma unroll 1
@@ -425,23 +489,23 @@ struct Attend {
     }
   }
 
-  __device__ void multiply_keys(const uint16_t* keys, int place,
-                                float (&scores)[kFragments][kStep / 8][4]) const {
+  __device__ __forceinline__ void multiply_keys(const uint16_t* keys, int place,
+                                                float (&scores)[kFragments][kStep / 8][4]) const {
 #pragma unroll 4
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t a[kFragments][4];
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
         if (f < live) {
-          ldmatrix_x4(a[f], shared.query +
-                                chunk_at<kHeadDim>(fragment_row(f) + lane % 16, 2 * d + lane / 16));
+          ldmatrix_x4(a[f], shared.query + chunk_at<kHeadDim, kRows>(fragment_row(f) + lane % 16,
+                                                                     2 * d + lane / 16));
         }
       }
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
         uint32_t b[4];
-        ldmatrix_x4(b, keys + chunk_at<kHeadDim>(place + n * 16 + lane / 16 * 8 + lane % 8,
-                                                 2 * d + lane / 8 % 2));
+        ldmatrix_x4(b, keys + chunk_at<kHeadDim, kDecodeKeys>(
+                                  place + n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           if (f < live) {
@@ -454,9 +518,11 @@ struct Attend {
   }
 
   // Scores of fragment f into weights, and the state so far into the new unit.
-  __device__ void weigh(int f, int place, int begin, float (&scores)[kStep / 8][4]) {
+  __device__ __forceinline__ void weigh(int f, int place, int begin,
+                                        float (&scores)[kStep / 8][4]) {
     const float factor = p.scale * kLog2E;
-    const int column = lane % 4 * 2;
+    const int lane = opaque((int)threadIdx.x) % 32, column = lane % 4 * 2;
+    const int warp = opaque((int)threadIdx.x) / 32, rows = f * 16 * kAcross + warp % kAcross * 16;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
@@ -473,10 +539,11 @@ struct Attend {
         for (int i = 0; i < 4; ++i) scores[n][i] = cap * tanhf(scores[n][i] * inverse);
       }
     }
+    const Interval open = shared.warp_open[warp];
     if (begin < open.low || begin + kStep > open.high) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Interval seen = shared.seen[fragment_row(f) + lane / 4 + half * 8];
+        const Interval seen = shared.seen[rows + lane / 4 + half * 8];
         const int low = seen.low - begin, high = (int)least(seen.high, share.high) - begin;
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n) {
@@ -491,7 +558,7 @@ struct Attend {
     float fade[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Softmax& state = softmax[f][half];
+      Softmax state = kWarpgroup ? kept(f, half) : softmax[f][half];
       float top = -INFINITY;
 #pragma unroll
       for (int n = 0; n < kStep / 8; ++n) {
@@ -512,6 +579,7 @@ struct Attend {
           if (kScaleWeights) score *= shared.value_scale[place + n * 8 + column + i];
         }
       }
+      (kWarpgroup ? kept(f, half) : softmax[f][half]) = state;
     }
     // Most blocks of a long prefix bring no larger score to any of a warp's rows.
     if (__any_sync(kAllLanes, fade[0] != 1.0f || fade[1] != 1.0f)) {
@@ -523,24 +591,18 @@ struct Attend {
     }
   }
 
-  __device__ void multiply_values(const uint16_t* values, int place,
-                                  const float (&weights)[kFragments][kStep / 8][4]) {
+  __device__ __forceinline__ void multiply_values(
+      const uint16_t* values, int place, const float (&weights)[kFragments][kStep / 8][4]) {
 #pragma unroll
     for (int n = 0; n < kStep / 16; ++n) {
       uint32_t a[kFragments][4];
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&w)[4] = weights[f][2 * n + i / 2];
-          a[f][i] = pack2<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
-        }
-      }
+      for (int f = 0; f < kFragments; ++f) pack_weights(n, weights[f], a[f]);
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(
-            b, values + chunk_at<kHeadDim>(place + n * 16 + lane % 16, 2 * d + lane / 16));
+        ldmatrix_x4_transposed(b, values + chunk_at<kHeadDim, kDecodeKeys>(
+                                               place + n * 16 + lane % 16, 2 * d + lane / 16));
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           if (f < live) {
@@ -552,9 +614,108 @@ struct Attend {
     }
   }
 
-  // What the tile's queries see, into shared.seen; returns the item's share of it. `sees(j)`.
+  // Two fragments take turns, so that one's softmax runs beside the other's products: those of its
+  // weights with block t's values and of its queries with block t + 1's keys, a group. All have
+  // ended where a turn begins (ptxas makes products wait for each other that it sees under way
+  // around a loop), so the values before block t's and block t's keys make room there.
+  __device__ __forceinline__ void compute_group(int blocks) {
+    if (blocks == 0) return;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) kept(f, half) = {};
+    }
+    float scores[kFragments][kStep / 8][4];
+    cp_async_wait<1>();
+    fence_proxy_async();
+    __syncthreads();
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) settle(accumulator[f]);
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      wgmma_fence();
+      multiply_keys_group(f, 0, scores[f]);
+      wgmma_commit();
+    }
+    uint32_t weights[kFragments][kStep / 16][4] = {};
+#pragma unroll 1
+    for (int t = 0; t + 1 < blocks; ++t) take_turns<false>(t, scores, weights);
+    take_turns<true>(blocks - 1, scores, weights);
+    wgmma_wait<0>();
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      settle(accumulator[f]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) softmax[f][half] = kept(f, half);
+    }
+  }
+
+  template <bool last>
+  __device__ __forceinline__ void take_turns(int t, float (&scores)[kFragments][kStep / 8][4],
+                                             uint32_t (&weights)[kFragments][kStep / 16][4]) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      if (f == 0) {
+        wgmma_wait<0>();
+      } else {
+        wgmma_wait<1>();
+      }
+      settle(scores[f]);
+      settle(weights[f]);
+      settle(accumulator[f]);
+      if (!last && f == 0) {
+        __syncthreads();
+        load<true>(t + 1);
+        load<false>(t + 2);
+        cp_async_commit();
+      }
+      weigh(f, 0, share.low + t * kDecodeKeys, scores[f]);
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) pack_weights(n, scores[f], weights[f][n]);
+      if (f == 0) {
+        cp_async_wait<last ? 0 : 1>();  // all but what has just been asked for
+        fence_proxy_async();
+        __syncthreads();
+      }
+      settle(weights[f]);
+      settle(accumulator[f]);
+      wgmma_fence();
+      const Operand values = operand(stage(t) + kBlock, kDecodeKeys * kPanelRow);
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        wgmma_m64k16<T>(accumulator[f], weights[f][n], values.moved(n * 16 * kPanelRow));
+      }
+      if (!last) multiply_keys_group(f, t + 1, scores[f]);
+      wgmma_commit();
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys_group(int f, int t,
+                                                      float (&scores)[kStep / 8][4]) const {
+    const Operand queries = operand(shared.query + f * 64 * kPanel, 0), keys = operand(stage(t), 0);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      const int panel = d * 16 / kPanel * kPanelRow, column = d * 16 % kPanel * 2;
+      wgmma_m64n64k16<T>(scores, queries.moved(panel * kRows + column),
+                         keys.moved(panel * kDecodeKeys + column), d > 0);
+    }
+  }
+
+  __device__ const uint16_t* stage(int t) const { return shared.ring + t % kStages * 2 * kBlock; }
+
+  // Weights of 16 keys as a product takes them.
+  __device__ static void pack_weights(int n, const float (&weights)[kStep / 8][4],
+                                      uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&w)[4] = weights[2 * n + i / 2];
+      a[i] = pack2<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+    }
+  }
+
+  // What the tile's queries see, into shared.seen, and the item's share of it. `sees(j)`.
   template <typename Sees>
-  __device__ Interval find_share(Sees sees) {
+  __device__ void find_share(Sees sees) {
     Interval tile = {INT_MAX, 0};
     for (int j = threadIdx.x; j < kRows; j += kDecodeThreads) {
       // A place that no query has sees everything, so that it asks for no mask.
@@ -573,16 +734,28 @@ struct Attend {
     if (lane == 0) shared.warp_seen[warp] = tile;
     __syncthreads();
     for (int w = 0; w < kDecodeWarps; ++w) tile = joined(tile, shared.warp_seen[w]);
-    return tile.low < tile.high ? share_of(tile, item.split, item.splits) : Interval{0, 0};
+    if (threadIdx.x == 0) {
+      shared.share =
+          tile.low < tile.high ? share_of(tile, item.split, item.splits) : Interval{0, 0};
+    }
+    __syncthreads();
   }
 
   template <typename Sees>
-  __device__ void run(Sees sees, int slot, bool whole) {
-    share = find_share(sees);
+  __device__ __forceinline__ void run(Sees sees) {
+    find_share(sees);
     load_queries();
-    for (int t = 0; t < kStages; ++t) load_keys(t);
+    if constexpr (kWarpgroup) {
+      load<false>(0);
+      cp_async_commit();
+      load<true>(0);
+      load<false>(1);
+      cp_async_commit();
+    } else {
+      for (int t = 0; t < kStages; ++t) load_block(t);
+    }
 
-    open = {0, share.high};
+    Interval open = {0, share.high};
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
       live += fragment_row(f) < item.stacked;
@@ -598,20 +771,14 @@ struct Attend {
       open.high = (int)least(open.high, __shfl_xor_sync(kAllLanes, open.high, bit));
     }
 
-    const int blocks = (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys;
-    for (int t = 0; t < blocks; ++t) {
-      cp_async_wait<kStages - 1>();
-      __syncthreads();
-      if constexpr (kWiden) {
-        widen(t);
-        __syncthreads();
-        load_keys(t + kStages);
-      }
-      if (live > 0) compute(t);
-      if (!kWiden) {
-        __syncthreads();
-        load_keys(t + kStages);
-      }
+    if (lane == 0) shared.warp_open[warp] = open;
+    __syncwarp();
+    const int blocks =
+        __shfl_sync(kAllLanes, (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys, 0);
+    if constexpr (kWarpgroup) {
+      compute_group(blocks);
+    } else {
+      compute_warps(blocks);
     }
     cp_async_wait<0>();
 
@@ -621,26 +788,25 @@ struct Attend {
       for (int half = 0; half < 2; ++half) softmax[f][half].sum = warp_sum<4>(softmax[f][half].sum);
     }
     if constexpr (kAlong == 1) {
-      store_warp(slot, whole);
+      store_warp();
     } else {
-      store_together(slot, whole);
+      store_together();
     }
   }
 
-  __device__ Destination<T, kHeadDim> destination(int j, int slot, bool whole, Softmax found,
-                                                  bool leads) const {
+  __device__ Destination<T, kHeadDim> destination(int j, Softmax found, bool leads) const {
     const int row = shared.row[j / p.plan.per_row];
-    return {p, item, row, item.query(j, p.plan.per_row), slot, whole, found, leads};
+    return {p, item, row, item.query(j, p.plan.per_row), shared.slot, shared.whole, found, leads};
   }
 
-  __device__ void store_warp(int slot, bool whole) const {
+  __device__ __forceinline__ void store_warp() const {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int j = fragment_row(f) + lane / 4 + half * 8;
         if (j >= item.stacked) continue;
-        const auto to = destination(j, slot, whole, softmax[f][half], lane % 4 == 0);
+        const auto to = destination(j, softmax[f][half], lane % 4 == 0);
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d) {
           to.store(d * 8 + lane % 4 * 2,
@@ -652,7 +818,7 @@ struct Attend {
   }
 
   // The warps' states of the same queries, over different keys, as one.
-  __device__ void store_together(int slot, bool whole) const {
+  __device__ __forceinline__ void store_together() const {
     __syncthreads();  // the ring has been read
     float* mine = shared.warp_state(warp);
 #pragma unroll
@@ -686,32 +852,37 @@ struct Attend {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum.at[i] += weight * state.at[i];
       }
-      destination(j, slot, whole, all, column == 0).store(column, sum, p.v_dim);
+      destination(j, all, column == 0).store(column, sum, p.v_dim);
     }
   }
 };
 
-template <typename T, typename Entry, int kHeadDim, typename Sees>
-__device__ void attend(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared, Sees sees,
-                       int slot, bool whole) {
-  if (shared.item.is_small) {
-    Attend<T, Entry, kHeadDim, 1, 1>{p, shared}.run(sees, slot, whole);
-  } else {
-    Attend<T, Entry, kHeadDim, kDecodeWarps, decode_fragments(kHeadDim)>{p, shared}.run(sees, slot,
-                                                                                        whole);
+template <typename T, typename Entry, int kHeadDim, bool kWarpgroup, typename Sees>
+__device__ __forceinline__ void attend(const PrefixAttentionDecode& p,
+                                       DecodeShared<kHeadDim>& shared, Sees sees) {
+  constexpr int kMost = decode_fragments(kHeadDim);
+  if (__shfl_sync(kAllLanes, shared.item.is_small, 0)) {
+    Attend<T, Entry, kHeadDim, 1, 1, false>{p, shared}.run(sees);
+    return;
   }
+  if constexpr (kWarpgroup && kMost > 1) {
+    if (__shfl_sync(kAllLanes, shared.item.stacked, 0) <= 16 * kDecodeWarps) {
+      Attend<T, Entry, kHeadDim, kDecodeWarps, 1, false>{p, shared}.run(sees);
+      return;
+    }
+  }
+  Attend<T, Entry, kHeadDim, kDecodeWarps, kMost, kWarpgroup>{p, shared}.run(sees);
 }
 
 // Says that the item is done for each of its rows, and merges those that waited for nothing else.
 template <typename T, int kHeadDim>
-__device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared,
-                       unsigned weight) {
+__device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
   const DecodeItem& item = shared.item;
   __threadfence();  // this thread's partial results, before
   __syncthreads();  // any of the block's arrivals
   for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
     unsigned* counter = p.counters + int64_t{shared.row[r]} * p.plan.kv_heads + item.kv_head;
-    const unsigned now = atomicAdd(counter, weight) + weight;
+    const unsigned now = atomicAdd(counter, shared.arrival) + shared.arrival;
     const bool last = (now & 0xFFFFu) == p.plan.expected();
     shared.merged[r] = (int16_t)(last ? (int)(now >> 16) : -1);
     if (last) *counter = 0;  // for the next call
@@ -771,33 +942,42 @@ __device__ void find_own_item(const PrefixAttentionDecode& p, DecodeShared<kHead
   __syncthreads();
 }
 
-template <typename T, typename Entry, int kHeadDim>
+template <typename T, typename Entry, int kHeadDim, bool kWarpgroup>
 __global__ void __launch_bounds__(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
     prefix_attention_decode(const PrefixAttentionDecode p) {
-  auto& shared = *reinterpret_cast<DecodeShared<kHeadDim>*>(shared_memory());
+  using Shared = std::conditional_t<kWarpgroup, WarpgroupShared<kHeadDim>, DecodeShared<kHeadDim>>;
+  DecodeShared<kHeadDim>& shared = *reinterpret_cast<Shared*>(shared_memory());
+  if (kWarpgroup) {
+    device_assert(shared_address(shared.query) % 1024 == 0, "shared memory begins at odd panels");
+  }
   const DecodePlan& plan = p.plan;
   const DecodeItem& item = shared.item;
-  if (blockIdx.x < plan.all_prefix_blocks()) {
+  const bool of_prefix = blockIdx.x < plan.all_prefix_blocks();
+  bool has_prefix = true;
+  if (of_prefix) {
     if (!find_prefix_item<Entry>(p, shared)) return;
-    const auto sees = [&](int j) {
-      const OwnRange own = own_range(plan, p.rows, shared.row[j / plan.per_row]);
-      return sees_prefix(item.entries.length, own, item.query(j, plan.per_row) % plan.queries,
-                         p.window);
-    };
-    attend<T, Entry>(p, shared, sees, plan.own_splits + item.split, false);
-    arrive<T>(p, shared, prefix_arrival(plan, item));
   } else {
     find_own_item<T>(p, shared);
-    const int row = shared.row[0];
-    const bool has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, row)).length > 0;
-    const bool whole = is_whole(plan, has_prefix);
-    const OwnRange own = own_range(plan, p.rows, row);
-    const auto sees = [&](int j) {
-      return sees_own(own, item.query(j, plan.per_row) % plan.queries, p.causal, p.window);
-    };
-    attend<T, T>(p, shared, sees, item.split, whole);
-    if (!whole) arrive<T>(p, shared, own_arrival(plan, item, has_prefix));
+    has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, shared.row[0])).length > 0;
   }
+  if (threadIdx.x == 0) {
+    shared.slot = (of_prefix ? plan.own_splits : 0) + item.split;
+    shared.whole = is_whole(plan, has_prefix);
+    shared.arrival = of_prefix ? prefix_arrival(plan, item) : own_arrival(plan, item, has_prefix);
+  }
+  const auto sees = [&](int j) {
+    const OwnRange own = own_range(plan, p.rows, shared.row[j / plan.per_row]);
+    const int i = item.query(j, plan.per_row) % plan.queries;
+    return of_prefix ? sees_prefix(item.entries.length, own, i, p.window)
+                     : sees_own(own, i, p.causal, p.window);
+  };
+  if (sizeof(Entry) == 1 && of_prefix) {
+    attend<T, Entry, kHeadDim, kWarpgroup>(p, shared, sees);
+  } else {
+    attend<T, T, kHeadDim, kWarpgroup>(p, shared, sees);
+  }
+  if (shared.whole) return;
+  arrive<T>(p, shared);
 }
 
 }  // namespace cuda

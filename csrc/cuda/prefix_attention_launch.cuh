@@ -15,11 +15,11 @@ void launch_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue
   with_16_bits(op.query.dtype, [&](auto type) {
     using T = decltype(type);
     if (op.prefix_key.dtype == DType::kInt8) {
-      launch<prefix_attention_decode<T, int8_t, kHeadDim>>(queue, grid, op);
+      launch<prefix_attention_decode<T, int8_t, kHeadDim, false>>(queue, grid, op);
     } else if (op.prefix_key.dtype == kFloat8) {
-      launch<prefix_attention_decode<T, Float8, kHeadDim>>(queue, grid, op);
+      launch<prefix_attention_decode<T, Float8, kHeadDim, false>>(queue, grid, op);
     } else {
-      launch<prefix_attention_decode<T, T, kHeadDim>>(queue, grid, op);
+      launch<prefix_attention_decode<T, T, kHeadDim, false>>(queue, grid, op);
     }
   });
 }

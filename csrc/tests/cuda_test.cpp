@@ -7,6 +7,7 @@
 #include <random>
 
 #include "../cuda/launch.h"
+#include "../cuda/warpgroup.cuh"
 
 using namespace softprompt_fast;
 using namespace softprompt_fast::cuda;
@@ -133,6 +134,112 @@ void products() {
   }
 }
 
+// ---- a warpgroup's products: scores of 64 queries and keys, times the keys' values ----
+
+enum GroupFault { kGood, kUnfenced, kUncopied, kEarly, kOverwritten, kReused };
+
+struct GroupMultiply {
+  const Half *query, *key, *value;  // [64, 128]
+  float *scores, *out;              // [64, 64], [64, 128]
+  int fault;
+};
+
+// Element (row, column) of a [64, 128] operand: panels of 64 columns, rows of 128 bytes, and bits 4
+// to 6 of the address turned by bits 7 to 9.
+int place(int row, int column) {
+  const int byte = column / 64 * 64 * 128 + row * 128 + column % 64 * 2;
+  return (byte ^ (byte >> 7 & 7) << 4) / 2;
+}
+
+__global__ void multiply_group(GroupMultiply p) {
+  constexpr int kSize = 64 * 128;
+  Half *query = (Half*)shared_memory(), *key = query + kSize, *value = key + kSize;
+  const int t = threadIdx.x, lane = t % 32, row = t / 32 * 16 + lane / 4;
+  for (int i = t; i < kSize / 8; i += 128) {
+    const int to = place(i / 16, i % 16 * 8);
+    cp_async_16(query + to, p.query + 8 * i);
+    cp_async_16(key + to, p.key + 8 * i);
+    cp_async_16(value + to, p.value + 8 * i);
+  }
+  cp_async_commit();
+  if (p.fault != kUncopied) cp_async_wait<0>();
+  if (p.fault != kUnfenced) fence_proxy_async();
+  __syncthreads();
+  float scores[8][4], out[16][4];
+  for (int i = 0; i < 64; ++i) out[i / 4][i % 4] = 1.0f;
+  const Operand queries = operand(query, 0), keys = operand(key, 0);
+  wgmma_fence();
+  for (int d = 0; d < 8; ++d) {
+    const int step = d / 4 * 64 * kPanelRow + d % 4 * 32;
+    wgmma_m64n64k16<Half>(scores, queries.moved(step), keys.moved(step), d > 0);
+  }
+  wgmma_commit();
+  if (p.fault != kEarly) wgmma_wait<0>();
+  uint32_t weights[4][4];
+  for (int i = 0; i < 16; ++i) {
+    const float* pair = &scores[i / 4 * 2 + i % 4 / 2][i % 2 * 2];
+    weights[i / 4][i % 4] = pack2<Half>(pair[0], pair[1]);
+  }
+  wgmma_fence();
+  const Operand values = operand(value, 64 * kPanelRow);
+  for (int n = 0; n < 4; ++n) wgmma_m64k16<Half>(out, weights[n], values.moved(n * 16 * kPanelRow));
+  wgmma_commit();
+  if (p.fault == kOverwritten) value[t].bits = 0;
+  if (p.fault == kReused) weights[1][2] = 0;
+  wgmma_wait<0>();
+  for (int i = 0; i < 64; ++i) {
+    const int r = row + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    p.out[r * 128 + column] = out[i / 4][i % 4];
+    if (i < 32) p.scores[r * 64 + column] = scores[i / 4][i % 4];
+  }
+}
+
+bool group_product(GroupFault fault) {
+  constexpr int kSize = 64 * 128;
+  alignas(16) static Half query[kSize], key[kSize], value[kSize];
+  std::vector<float> q(kSize), k(kSize), v(kSize), scores(64 * 64, NAN), out(kSize, NAN);
+  for (int i = 0; i < kSize; ++i) {
+    q[i] = to_float(query[i] = from_float<Half>(uniform()));
+    k[i] = to_float(key[i] = from_float<Half>(uniform()));
+    v[i] = to_float(value[i] = from_float<Half>(uniform()));
+  }
+  launch<multiply_group>({}, {1, 128, 3 * kSize * 2},
+                         GroupMultiply{query, key, value, scores.data(), out.data(), fault});
+  bool good = true;
+  for (int i = 0; i < 64; ++i) {
+    for (int j = 0; j < 64; ++j) {
+      double sum = 0.0;
+      for (int d = 0; d < 128; ++d) sum += q[i * 128 + d] * k[j * 128 + d];
+      good = good && std::fabs(scores[i * 64 + j] - sum) < 1e-4;
+    }
+    for (int d = 0; d < 128; ++d) {
+      double sum = 1.0;
+      for (int j = 0; j < 64; ++j) {
+        sum += to_float(from_float<Half>(scores[i * 64 + j])) * v[j * 128 + d];
+      }
+      good = good && std::fabs(out[i * 128 + d] - sum) < 1e-4;
+    }
+  }
+  return good;
+}
+
+void group_products() {
+  for (int i = 0; i < 5; ++i) expect(group_product(kGood), "a warpgroup's products");
+  const std::pair<GroupFault, const char*> planted[] = {
+      {kUncopied, "a missing wait for copies is found"},
+      {kEarly, "results that are read before the wait are found"},
+      {kOverwritten, "an operand that is overwritten is found"},
+      {kReused, "registers that are overwritten are found"},
+  };
+  for (const auto& [fault, what] : planted) {
+    bool found = false;
+    for (int i = 0; i < 20 && !found; ++i) found = !group_product(fault);
+    expect(found, what);
+  }
+  expect_fault("copies that tensor cores may not see", "copies without a fence",
+               [] { group_product(kUnfenced); });
+}
+
 // ---- shuffles, votes, named barriers, the last block ----
 
 struct Sums {
@@ -246,6 +353,7 @@ void faults() {
 int main() {
   numbers();
   products();
+  group_products();
   sums();
   faults();
   if (failures == 0) printf("ok\n");
