@@ -614,80 +614,92 @@ struct Attend {
     }
   }
 
-  // Two fragments take turns, so that one's softmax runs beside the other's products: those of its
-  // weights with block t's values and of its queries with block t + 1's keys, a group. All have
-  // ended where a turn begins (ptxas makes products wait for each other that it sees under way
-  // around a loop), so the values before block t's and block t's keys make room there.
+  // Two fragments take turns, so that one's softmax runs beside the other's products, of its
+  // weights with block t's values and of its queries with block t + 1's keys, which are a group. A
+  // turn begins with the first fragment's weights of block t and the second one's scores, and no
+  // product under way: ptxas would make those wait for each other that it sees around a loop.
   __device__ __forceinline__ void compute_group(int blocks) {
     if (blocks == 0) return;
+    float scores[2][kStep / 8][4];
+    uint32_t weights[2][kStep / 16][4];
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
+    for (int f = 0; f < 2; ++f) {
+      settle(accumulator[f]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) kept(f, half) = {};
     }
-    float scores[kFragments][kStep / 8][4];
     cp_async_wait<1>();
     fence_proxy_async();
     __syncthreads();
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) settle(accumulator[f]);
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
+    for (int f = 0; f < 2; ++f) {
       wgmma_fence();
       multiply_keys_group(f, 0, scores[f]);
       wgmma_commit();
     }
-    uint32_t weights[kFragments][kStep / 16][4] = {};
+    wgmma_wait<1>();
+    weigh_group<0>(0, scores, weights);
+    wgmma_wait<0>();
 #pragma unroll 1
     for (int t = 0; t + 1 < blocks; ++t) take_turns<false>(t, scores, weights);
     take_turns<true>(blocks - 1, scores, weights);
-    wgmma_wait<0>();
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
+    for (int f = 0; f < 2; ++f) {
       settle(accumulator[f]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) softmax[f][half] = kept(f, half);
     }
   }
 
+  using GroupScores = float[2][kStep / 8][4];
+  using GroupWeights = uint32_t[2][kStep / 16][4];
+
   template <bool last>
-  __device__ __forceinline__ void take_turns(int t, float (&scores)[kFragments][kStep / 8][4],
-                                             uint32_t (&weights)[kFragments][kStep / 16][4]) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      if (f == 0) {
-        wgmma_wait<0>();
-      } else {
-        wgmma_wait<1>();
-      }
-      settle(scores[f]);
-      settle(weights[f]);
-      settle(accumulator[f]);
-      if (!last && f == 0) {
-        __syncthreads();
-        load<true>(t + 1);
-        load<false>(t + 2);
-        cp_async_commit();
-      }
-      weigh(f, 0, share.low + t * kDecodeKeys, scores[f]);
-#pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) pack_weights(n, scores[f], weights[f][n]);
-      if (f == 0) {
-        cp_async_wait<last ? 0 : 1>();  // all but what has just been asked for
-        fence_proxy_async();
-        __syncthreads();
-      }
-      settle(weights[f]);
-      settle(accumulator[f]);
-      wgmma_fence();
-      const Operand values = operand(stage(t) + kBlock, kDecodeKeys * kPanelRow);
-#pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
-        wgmma_m64k16<T>(accumulator[f], weights[f][n], values.moved(n * 16 * kPanelRow));
-      }
-      if (!last) multiply_keys_group(f, t + 1, scores[f]);
-      wgmma_commit();
+  __device__ __forceinline__ void take_turns(int t, GroupScores& scores, GroupWeights& weights) {
+    cp_async_wait<0>();
+    fence_proxy_async();
+    __syncthreads();
+    multiply_group<0, last>(t, scores, weights);
+    if (!last) {
+      // In place of the values before block t's, and of block t's keys.
+      load<true>(t + 1);
+      load<false>(t + 2);
+      cp_async_commit();
     }
+    weigh_group<1>(t, scores, weights);
+    multiply_group<1, last>(t, scores, weights);
+    if (!last) {
+      wgmma_wait<1>();
+      settle(weights[0]);
+      weigh_group<0>(t + 1, scores, weights);
+    }
+    wgmma_wait<0>();
+    settle(weights[0]);
+    settle(weights[1]);
+  }
+
+  template <int f>
+  __device__ __forceinline__ void weigh_group(int t, GroupScores& scores, GroupWeights& weights) {
+    settle(scores[f]);
+    settle(accumulator[f]);
+    weigh(f, 0, share.low + t * kDecodeKeys, scores[f]);
+#pragma unroll
+    for (int n = 0; n < kStep / 16; ++n) pack_weights(n, scores[f], weights[f][n]);
+    settle(weights[f]);
+    settle(accumulator[f]);
+  }
+
+  template <int f, bool last>
+  __device__ __forceinline__ void multiply_group(int t, GroupScores& scores,
+                                                 GroupWeights& weights) {
+    wgmma_fence();
+    const Operand values = operand(stage(t) + kBlock, kDecodeKeys * kPanelRow);
+#pragma unroll
+    for (int n = 0; n < kStep / 16; ++n) {
+      wgmma_m64k16<T>(accumulator[f], weights[f][n], values.moved(n * 16 * kPanelRow));
+    }
+    if (!last) multiply_keys_group(f, t + 1, scores[f]);
+    wgmma_commit();
   }
 
   __device__ __forceinline__ void multiply_keys_group(int f, int t,
