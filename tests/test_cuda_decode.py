@@ -152,9 +152,11 @@ def test_other_rows_change_no_bit(name: str) -> None:
     assert torch.equal(found[0][0], want[0][0]) and torch.equal(found[1][0], want[1][0])
 
 
-def test_more_rows_than_are_sorted_together() -> None:
-    batch, prefixes = 300, 7
-    offsets = [5 * n for n in range(prefixes + 1)]
+@pytest.mark.parametrize(("batch", "prefixes"), [(300, 7), (33, 20), (200, 170)])
+def test_many_rows_and_prompts(batch: int, prefixes: int) -> None:
+    """More rows than are sorted together; a run and one more; more prompts than threads. Lengths of 0 to 2 blocks."""
+    lengths = torch.randint(0, 6, (prefixes,)) + (torch.rand(prefixes) < 0.1) * 70
+    offsets = [0, *lengths.cumsum(0).tolist()]
     index = torch.randint(-1, prefixes, (batch,)).tolist()
     inputs = attention_inputs(
         batch, 1, 1, queries=1, own=2, prefix=offsets[-1], prefix_offsets=offsets, prefix_index=index,

@@ -53,6 +53,7 @@ struct DecodeShared {
   int row[kTile];         // the tile's rows
   int16_t merged[kTile];  // by row: the shares of its prefix if it is to be merged here, else -1
   Interval warp_seen[kDecodeWarps];
+  int64_t team_sums[kDecodeWarps];
   float warp_top[kDecodeWarps][kSmallTile], warp_sum[kDecodeWarps][kSmallTile];
 
   // Before the ring is in use, and after.
@@ -95,9 +96,29 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from, int64_t a
 }
 
 struct BlockTeam {
+  int64_t* of_warps;  // kDecodeWarps, in shared memory
   int rank = threadIdx.x;
   static constexpr int size = kDecodeThreads;
+
   __device__ void sync() const { __syncthreads(); }
+  __device__ Sums sums(int64_t mine) const {
+    const int lane = rank % 32, warp = rank / 32;
+    int64_t upto = mine;
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) {
+      const int64_t lower = __shfl_up_sync(kAllLanes, upto, bit);
+      if (lane >= bit) upto += lower;
+    }
+    __syncthreads();  // the last call's have been read
+    if (lane == 31) of_warps[warp] = upto;
+    __syncthreads();
+    Sums all = {upto - mine, 0};
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      if (w < warp) all.before += of_warps[w];
+      all.total += of_warps[w];
+    }
+    return all;
+  }
 };
 
 // ---- what becomes of a state ----
@@ -725,14 +746,17 @@ __device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& s
 template <typename Entry, int kHeadDim>
 __device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
   const DecodePlan& plan = p.plan;
-  const int section = (int)(blockIdx.x / plan.prefix_blocks);
-  if (plan.indexed) sort_section(BlockTeam(), plan, p.rows, section, shared.section());
+  const int number = (int)(blockIdx.x / plan.prefix_blocks);
+  DecodeSection& section = shared.section();
+  const BlockTeam team = {shared.team_sums};
+  if (plan.indexed) sort_section(team, plan, p.rows, number, section);
   DecodeItem item;
-  if (!prefix_item(plan, p.rows, shared.section(), blockIdx.x % plan.prefix_blocks, item)) {
+  if (!prefix_item(team, plan, p.rows, section, blockIdx.x % plan.prefix_blocks, item)) {
     return false;
   }
   for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
-    shared.row[r] = plan.indexed ? shared.section().order[item.first_row + r] : item.first_row + r;
+    const int place = item.first_row + r;
+    shared.row[r] = plan.indexed ? number * kSection + row_of(section.sorted[place]) : place;
   }
   if (threadIdx.x == 0) {
     const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;

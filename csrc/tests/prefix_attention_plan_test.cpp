@@ -60,7 +60,7 @@ void draw(Random& random, Call& call) {
   s.prefixes = 1;
   call.offsets.assign(1, s.offsets ? random.upto(5) : 0);
   if (s.offsets) {
-    s.prefixes = random.within(1, random.chance(6) ? 40 : 5);
+    s.prefixes = random.within(1, many && random.chance(2) ? 400 : random.chance(6) ? 40 : 5);
     for (int64_t n = 0; n < s.prefixes; ++n) {
       const int64_t length =
           random.chance(4) ? 0 : random.upto(longest / (random.chance(2) ? 1 : 8));
@@ -127,18 +127,27 @@ class Checker {
     counters_.assign(plan.units(), 0);
     taken_.assign(plan.states(), kNothing);
     for (int s = 0; s < plan.sections; ++s) {
-      if (plan.indexed && plan.prefix_blocks) sort_section(Alone(), plan, call.rows, s, section_);
+      section_number_ = s;
+      if (plan.indexed && plan.prefix_blocks) {
+        sort_section(Alone(), plan, call.rows, s, section_);
+        sorted();
+      }
       DecodeItem item;
+      int64_t longest = INT_MAX;
       bool more = true;
       for (int64_t block = 0; block < plan.prefix_blocks; ++block) {
-        const bool found = prefix_item(plan, call.rows, section_, block, item);
+        const bool found = prefix_item(Alone(), plan, call.rows, section_, block, item);
         EXPECT(more || !found);  // items come without gaps
         more = found;
-        if (found) prefix(item);
+        if (!found) continue;
+        prefix(item);
+        EXPECT(key_blocks(item.entries) <= longest);  // those that take longest come first
+        longest = key_blocks(item.entries);
       }
       // The bound holds: the block after the last would have nothing to do.
-      if (plan.packed > 0)
-        EXPECT(!prefix_item(plan, call.rows, section_, plan.prefix_blocks, item));
+      if (plan.packed > 0) {
+        EXPECT(!prefix_item(Alone(), plan, call.rows, section_, plan.prefix_blocks, item));
+      }
     }
     for (int64_t block = 0; block < plan.own_blocks(); ++block) own(own_item(plan, block));
     for (int row = 0; row < plan.batch; ++row) results(row, each_key);
@@ -155,6 +164,7 @@ class Checker {
   const Call* call_;
   DecodePlan plan_;
   DecodeSection section_;
+  int section_number_;
   std::vector<Row> rows_;
   std::vector<unsigned> counters_;  // by unit
   std::vector<Interval> taken_;     // by state and slot
@@ -179,6 +189,34 @@ class Checker {
     EXPECT((counter & 0xFFFF) <= plan_.expected());
   }
 
+  int sorted_row(int place) const {
+    return section_number_ * kSection + row_of(section_.sorted[place]);
+  }
+
+  // Rows of a section are each there once, and a group's are those of one prefix in their order.
+  void sorted() const {
+    const int count = (int)least(kSection, plan_.batch - section_number_ * kSection);
+    const auto prefix = [&](int place) { return prefix_of(section_.sorted[place]); };
+    EXPECT(section_.first[0] == 0 && section_.first[section_.groups] == count);
+    for (int g = 0; g < section_.groups; ++g) {
+      const int first = section_.first[g];
+      EXPECT(section_.rows(g) > 0);
+      for (int place = first; place < section_.first[g + 1]; ++place) {
+        const Row& row = rows_[sorted_row(place)];
+        EXPECT(row.entries.length == section_.entries[g].length);
+        EXPECT(row.entries.length == 0 ||
+               prefix(place) == row_prefix(call_->rows, sorted_row(place)));
+        EXPECT(prefix(place) == prefix(first));
+        EXPECT(place == first || sorted_row(place - 1) < sorted_row(place));
+      }
+      // Each prefix is one group's, whose place follows from values alone.
+      if (g == 0) continue;
+      const int64_t before = key_blocks(section_.entries[g - 1]),
+                    here = key_blocks(section_.entries[g]);
+      EXPECT(here < before || (here == before && prefix(section_.first[g - 1]) < prefix(first)));
+    }
+  }
+
   // Calls body(row, query) for each stacked query of an item. `row_of(place)`: which row that is.
   template <typename RowOf, typename Body>
   void each_stacked(const DecodeItem& item, RowOf row_of, Body body) const {
@@ -192,7 +230,7 @@ class Checker {
     EXPECT(item.split >= 0 && item.split < item.splits && item.splits <= plan_.prefix_splits);
     const int length = item.entries.length;
     EXPECT(item.entries.first >= 0 && length > 0 && item.entries.first + length <= plan_.packed);
-    const auto row_of = [&](int place) { return plan_.indexed ? section_.order[place] : place; };
+    const auto row_of = [&](int place) { return plan_.indexed ? sorted_row(place) : place; };
     Interval seen = {length, 0};
     each_stacked(item, row_of, [&](int row, int query) {
       const Row& r = rows_[row];
