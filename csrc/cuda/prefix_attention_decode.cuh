@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // prefix_attention for few queries a row, in one launch: FlashAttention's online softmax over the
-// items of prefix_attention_plan.h, and the merge of their partial results by whoever ends last.
+// items of prefix_attention_plan.h, and the merge of their partial results by whoever ends last, if
+// there are several.
 //
 // A block of four warps takes an item. Of a large tile each warp has its own queries, 16 at a time
 // (`kFragments` times), and scores them against every key; of a small tile all warps have the same
@@ -72,19 +73,27 @@ struct DecodeShared {
   bool whole;  // its results are its queries' whole results
   unsigned arrival;
   KeySource from;
+  // Where an item goes on, and with which of the keys there, counted so that block t of the item
+  // begins at behind_keys.low + t * kDecodeKeys.
+  KeySource behind;
+  Interval behind_keys;
   int row[kTile];         // the tile's rows
   int16_t merged[kTile];  // by row: the shares of its prefix if it is to be merged here, else -1
   Interval warp_seen[kDecodeWarps];
   Interval warp_open[kDecodeWarps];  // keys that all queries of a warp see
   float warp_top[kDecodeWarps][kSmallTile], warp_sum[kDecodeWarps][kSmallTile];
 
+  struct Search {
+    DecodeSection section;
+    int64_t sums[kDecodeWarps];  // the team's
+  };
   // Before the ring is in use, and after.
-  __device__ DecodeSection& section() { return *static_cast<DecodeSection*>(whole_ring()); }
+  __device__ Search& search() { return *static_cast<Search*>(whole_ring()); }
   __device__ float* warp_state(int warp) {
     return static_cast<float*>(whole_ring()) + warp * kSmallTile * kHeadDim;
   }
   __device__ void* whole_ring() { return ring; }
-  static_assert(sizeof(DecodeSection) <= sizeof(ring), "the section lies in the ring");
+  static_assert(sizeof(Search) <= sizeof(ring), "the section lies in the ring");
   static_assert(kDecodeWarps * kSmallTile * kHeadDim * 4 <= sizeof(ring), "states lie in the ring");
 };
 
@@ -128,9 +137,29 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from, int64_t a
 }
 
 struct BlockTeam {
+  int64_t* of_warps;  // kDecodeWarps, in shared memory
   int rank = threadIdx.x;
   static constexpr int size = kDecodeThreads;
+
   __device__ void sync() const { __syncthreads(); }
+  __device__ Sums sums(int64_t mine) const {
+    const int lane = rank % 32, warp = rank / 32;
+    int64_t upto = mine;
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) {
+      const int64_t lower = __shfl_up_sync(kAllLanes, upto, bit);
+      if (lane >= bit) upto += lower;
+    }
+    __syncthreads();  // the last call's have been read
+    if (lane == 31) of_warps[warp] = upto;
+    __syncthreads();
+    Sums all = {upto - mine, 0};
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      if (w < warp) all.before += of_warps[w];
+      all.total += of_warps[w];
+    }
+    return all;
+  }
 };
 
 // ---- what becomes of a state ----
@@ -334,8 +363,9 @@ struct Attend {
   Shared& shared;
   // Read again wherever they are needed: in registers they would push accumulators out.
   const DecodeItem& item = shared.item;
-  const KeySource& from = shared.from;
+  // Of which block t begins at low + t * kDecodeKeys.
   const Interval& share = shared.share;
+  int turn = INT_MAX;  // number of the first block of shared.behind
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int warp_rows = warp % kAcross * 16, warp_keys = warp / kAcross * kWarpKeys;
   int live = 0;  // fragments of this warp that have queries
@@ -374,7 +404,10 @@ struct Attend {
   template <bool values>
   __device__ __forceinline__ void load(int t) const {
     constexpr int kEach = 16 / sizeof(Entry), kChunks = kHeadDim / kEach;
-    const int begin = share.low + t * kDecodeKeys, count = share.high - begin;
+    const bool turned = !kWarpgroup && t >= turn;
+    const KeySource& from = turned ? shared.behind : shared.from;
+    const Interval keys = turned ? shared.behind_keys : share;
+    const int begin = keys.low + t * kDecodeKeys, count = keys.high - begin;
     if (count <= 0) return;
     unsigned char* stage = reinterpret_cast<unsigned char*>(shared.ring) +
                            (t % kStages * 2 + values) * kBlock * sizeof(Entry);
@@ -425,7 +458,7 @@ struct Attend {
     const int n = threadIdx.x % kDecodeKeys;
     const Tensor& scales = second ? p.prefix_value_scale : p.prefix_key_scale;
     const int64_t at = item.kv_head * scales.stride[0] +
-                       (from.first + begin + n) / p.scale_block * scales.stride[1];
+                       (shared.from.first + begin + n) / p.scale_block * scales.stride[1];
     (second ? shared.value_scale : shared.key_scale)[n] =
         begin + n < share.high ? static_cast<const float*>(scales.data)[at] : 0.0f;
     if (!kScaleWeights) __syncthreads();
@@ -454,10 +487,17 @@ struct Attend {
     return shared.ring + (kStages + which) * kBlock;
   }
 
-  __device__ __forceinline__ void compute_warps(int blocks) {
+  template <typename Sees>
+  __device__ __forceinline__ void compute_warps(Sees sees, int blocks) {
     for (int t = 0; t < blocks; ++t) {
       cp_async_wait<kStages - 1>();
       __syncthreads();
+      if (t == turn) {
+        look(sees, true);
+        if (threadIdx.x == 0) shared.share = shared.behind_keys;
+        __syncthreads();
+        find_open();
+      }
       if constexpr (kWiden) {
         widen(t);
         __syncthreads();
@@ -725,19 +765,26 @@ struct Attend {
     }
   }
 
-  // What the tile's queries see, into shared.seen, and the item's share of it. `sees(j)`.
+  // What the tile's queries see, into shared.seen; returns all that this thread's see.
   template <typename Sees>
-  __device__ void find_share(Sees sees) {
+  __device__ Interval look(Sees sees, bool behind) const {
     Interval tile = {INT_MAX, 0};
     for (int j = threadIdx.x; j < kRows; j += kDecodeThreads) {
       // A place that no query has sees everything, so that it asks for no mask.
       Interval one = {0, INT_MAX};
       if (j < item.stacked) {
-        one = sees(j);
+        one = sees(j, behind);
         if (one.low < one.high) tile = joined(tile, one);
       }
       shared.seen[j] = one;
     }
+    return tile;
+  }
+
+  // The item's share of what the tile's queries see, into shared.share.
+  template <typename Sees>
+  __device__ void find_share(Sees sees) {
+    Interval tile = look(sees, false);
 #pragma unroll
     for (int bit = 16; bit > 0; bit /= 2) {
       tile = joined(tile, {__shfl_xor_sync(kAllLanes, tile.low, bit),
@@ -753,24 +800,11 @@ struct Attend {
     __syncthreads();
   }
 
-  template <typename Sees>
-  __device__ __forceinline__ void run(Sees sees) {
-    find_share(sees);
-    load_queries();
-    if constexpr (kWarpgroup) {
-      load<false>(0);
-      cp_async_commit();
-      load<true>(0);
-      load<false>(1);
-      cp_async_commit();
-    } else {
-      for (int t = 0; t < kStages; ++t) load_block(t);
-    }
-
+  // Keys of the share, or of what is behind it, that all queries of this warp see.
+  __device__ void find_open() {
     Interval open = {0, share.high};
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      live += fragment_row(f) < item.stacked;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Interval seen = shared.seen[fragment_row(f) + lane / 4 + half * 8];
@@ -782,15 +816,43 @@ struct Attend {
       open.low = (int)most(open.low, __shfl_xor_sync(kAllLanes, open.low, bit));
       open.high = (int)least(open.high, __shfl_xor_sync(kAllLanes, open.high, bit));
     }
-
     if (lane == 0) shared.warp_open[warp] = open;
     __syncwarp();
-    const int blocks =
-        __shfl_sync(kAllLanes, (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys, 0);
+  }
+
+  __device__ int blocks_of(Interval keys) const {
+    return (keys.high - keys.low + kDecodeKeys - 1) / kDecodeKeys;
+  }
+
+  // `sees(j, behind)`: what stacked query j sees of the item's own source, or of the one behind.
+  // `behind()`: which keys of that one the item goes on to, if any; it may take until the first
+  // block is under way.
+  template <typename Sees, typename Behind>
+  __device__ __forceinline__ void run(Sees sees, Behind behind) {
+    find_share(sees);
+    load_queries();
+    for (int f = 0; f < kFragments; ++f) live += fragment_row(f) < item.stacked;
     if constexpr (kWarpgroup) {
-      compute_group(blocks);
+      load<false>(0);
+      cp_async_commit();
+      load<true>(0);
+      load<false>(1);
+      cp_async_commit();
+      find_open();
+      compute_group(__shfl_sync(kAllLanes, blocks_of(share), 0));
     } else {
-      compute_warps(blocks);
+      load_block(0);
+      int blocks = blocks_of(share);
+      const Interval more = behind();
+      if (more.low < more.high) {
+        turn = blocks > 0 ? blocks : 1;  // block 0, if empty, is under way
+        blocks = turn + blocks_of(more);
+        if (threadIdx.x == 0) shared.behind_keys = {more.low - turn * kDecodeKeys, more.high};
+        __syncthreads();
+      }
+      for (int t = 1; t < kStages; ++t) load_block(t);
+      find_open();
+      compute_warps(sees, blocks);
     }
     cp_async_wait<0>();
 
@@ -869,21 +931,21 @@ struct Attend {
   }
 };
 
-template <typename T, typename Entry, int kHeadDim, bool kWarpgroup, typename Sees>
+template <typename T, typename Entry, int kHeadDim, bool kWarpgroup, typename Sees, typename Behind>
 __device__ __forceinline__ void attend(const PrefixAttentionDecode& p,
-                                       DecodeShared<kHeadDim>& shared, Sees sees) {
+                                       DecodeShared<kHeadDim>& shared, Sees sees, Behind behind) {
   constexpr int kMost = decode_fragments(kHeadDim);
   if (__shfl_sync(kAllLanes, shared.item.is_small, 0)) {
-    Attend<T, Entry, kHeadDim, 1, 1, false>{p, shared}.run(sees);
+    Attend<T, Entry, kHeadDim, 1, 1, false>{p, shared}.run(sees, behind);
     return;
   }
   if constexpr (kWarpgroup && kMost > 1) {
     if (__shfl_sync(kAllLanes, shared.item.stacked, 0) <= 16 * kDecodeWarps) {
-      Attend<T, Entry, kHeadDim, kDecodeWarps, 1, false>{p, shared}.run(sees);
+      Attend<T, Entry, kHeadDim, kDecodeWarps, 1, false>{p, shared}.run(sees, behind);
       return;
     }
   }
-  Attend<T, Entry, kHeadDim, kDecodeWarps, kMost, kWarpgroup>{p, shared}.run(sees);
+  Attend<T, Entry, kHeadDim, kDecodeWarps, kMost, kWarpgroup>{p, shared}.run(sees, behind);
 }
 
 // Says that the item is done for each of its rows, and merges those that waited for nothing else.
@@ -904,32 +966,39 @@ __device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& s
   merge_rows<T>(p, shared);
 }
 
+// The keys and values of a prefix whose first entry is number `first` of the pack.
+template <typename Entry>
+__device__ KeySource prefix_source(const PrefixAttentionDecode& p, int kv_head, int first) {
+  const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;
+  return {static_cast<const Entry*>(p.prefix_key.data) + kv_head * key[0] + first * key[1],
+          static_cast<const Entry*>(p.prefix_value.data) + kv_head * value[0] + first * value[1],
+          key[1],
+          value[1],
+          key[2],
+          value[2],
+          first,
+          p.vector_prefix};
+}
+
 // A thread has set the item's row or rows; true where there is an item.
 template <typename Entry, int kHeadDim>
 __device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
   const DecodePlan& plan = p.plan;
-  const int section = (int)(blockIdx.x / plan.prefix_blocks);
-  if (plan.indexed) sort_section(BlockTeam(), plan, p.rows, section, shared.section());
+  const int number = (int)(blockIdx.x / plan.prefix_blocks);
+  DecodeSection& section = shared.search().section;
+  const BlockTeam team = {shared.search().sums};
+  if (plan.indexed) sort_section(team, plan, p.rows, number, section);
   DecodeItem item;
-  if (!prefix_item(plan, p.rows, shared.section(), blockIdx.x % plan.prefix_blocks, item)) {
+  if (!prefix_item(team, plan, p.rows, section, blockIdx.x % plan.prefix_blocks, item)) {
     return false;
   }
   for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
-    shared.row[r] = plan.indexed ? shared.section().order[item.first_row + r] : item.first_row + r;
+    const int place = item.first_row + r;
+    shared.row[r] = plan.indexed ? number * kSection + row_of(section.sorted[place]) : place;
   }
   if (threadIdx.x == 0) {
-    const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;
-    const int first = item.entries.first;
     shared.item = item;
-    shared.from = {
-        static_cast<const Entry*>(p.prefix_key.data) + item.kv_head * key[0] + first * key[1],
-        static_cast<const Entry*>(p.prefix_value.data) + item.kv_head * value[0] + first * value[1],
-        key[1],
-        value[1],
-        key[2],
-        value[2],
-        first,
-        p.vector_prefix};
+    shared.from = prefix_source<Entry>(p, item.kv_head, item.entries.first);
   }
   __syncthreads();
   return true;
@@ -938,8 +1007,9 @@ __device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kH
 template <typename T, int kHeadDim>
 __device__ void find_own_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
   if (threadIdx.x == 0) {
-    const DecodeItem item = own_item(p.plan, blockIdx.x - p.plan.all_prefix_blocks());
+    DecodeItem item = own_item(p.plan, blockIdx.x - p.plan.all_prefix_blocks());
     const int64_t *key = p.key.stride, *value = p.value.stride, row = item.first_row;
+    item.entries = prefix_range(p.plan, p.rows, row_prefix(p.rows, (int)row));
     shared.item = item;
     shared.row[0] = (int)row;
     shared.from = {static_cast<const T*>(p.key.data) + row * key[0] + item.kv_head * key[1],
@@ -965,28 +1035,35 @@ __global__ void __launch_bounds__(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
   const DecodePlan& plan = p.plan;
   const DecodeItem& item = shared.item;
   const bool of_prefix = blockIdx.x < plan.all_prefix_blocks();
-  bool has_prefix = true;
   if (of_prefix) {
     if (!find_prefix_item<Entry>(p, shared)) return;
   } else {
     find_own_item<T>(p, shared);
-    has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, shared.row[0])).length > 0;
   }
   if (threadIdx.x == 0) {
+    const bool has_prefix = item.entries.length > 0;
     shared.slot = (of_prefix ? plan.own_splits : 0) + item.split;
     shared.whole = is_whole(plan, has_prefix);
     shared.arrival = of_prefix ? prefix_arrival(plan, item) : own_arrival(plan, item, has_prefix);
   }
-  const auto sees = [&](int j) {
+  const auto sees = [&](int j, bool behind) {
     const OwnRange own = own_range(plan, p.rows, shared.row[j / plan.per_row]);
     const int i = item.query(j, plan.per_row) % plan.queries;
-    return of_prefix ? sees_prefix(item.entries.length, own, i, p.window)
-                     : sees_own(own, i, p.causal, p.window);
+    return of_prefix || behind ? sees_prefix(item.entries.length, own, i, p.window)
+                               : sees_own(own, i, p.causal, p.window);
+  };
+  const auto behind = [&] {
+    // No plan has 8-bit entries together with own keys.
+    if (of_prefix || !std::is_same<T, Entry>::value) return Interval{0, 0};
+    if (threadIdx.x == 0) {
+      shared.behind = prefix_source<T>(p, item.kv_head, item.entries.first);
+    }
+    return behind_own(plan, item.entries.length, own_range(plan, p.rows, shared.row[0]), p.window);
   };
   if (sizeof(Entry) == 1 && of_prefix) {
-    attend<T, Entry, kHeadDim, kWarpgroup>(p, shared, sees);
+    attend<T, Entry, kHeadDim, kWarpgroup>(p, shared, sees, behind);
   } else {
-    attend<T, T, kHeadDim, kWarpgroup>(p, shared, sees);
+    attend<T, T, kHeadDim, kWarpgroup>(p, shared, sees, behind);
   }
   if (shared.whole) return;
   arrive<T>(p, shared);

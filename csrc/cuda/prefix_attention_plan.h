@@ -7,7 +7,9 @@
 //
 //  * a prefix item takes a tile of stacked queries of rows that share a prefix against one of its
 //    shares of that prefix's entries;
-//  * an own item takes a tile of one row's stacked queries against a share of the row's own keys.
+//  * an own item takes a tile of one row's stacked queries against a share of the row's own keys,
+//    and where the plan has them `together` goes on to the row's whole prefix: then there are no
+//    prefix items, and nothing is merged.
 //
 // How many items of the first kind there are depends on values that only the device knows: which
 // rows share a prefix and how long it is. The host launches as many blocks as sizes alone allow for
@@ -37,16 +39,30 @@ namespace softprompt_fast {
 namespace cuda {
 
 constexpr int kSection = 256;    // rows that are sorted together
+constexpr int kRun = 32;         // of them, by comparing each with each
 constexpr int kDecodeKeys = 64;  // keys that are scored at a time; shares are multiples of it
 constexpr int kSmallTile =
     16;  // stacked queries of the smaller tile: what one matrix product takes
-constexpr int kMaxSplits = 32;      // shares of a prefix, and of a row's own keys
+constexpr int kMostTogether = 64;  // stacked queries of a row: a warpgroup's tiles have one source
+constexpr int kMaxSplits = 32;     // shares of a prefix, and of a row's own keys
+// Key blocks up to which own keys and a prefix are one item's, where there are few rows. Behind one
+// another, blocks take 0.3 to 0.6 us each; shares of two blocks side by side are merged in 1.5 to 2
+// us. So two blocks more than a share has are faster in any case, and a fourth might not be.
+constexpr int kTogether = 4;
 constexpr int kFarthest = 1 << 29;  // positions and windows further out see the same
-constexpr int kNoPrefix = INT_MAX;
 
 SOFTPROMPT_FAST_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SOFTPROMPT_FAST_BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 SOFTPROMPT_FAST_BOTH int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Range {
+  int first, length;
+};
+
+// Blocks of keys that it takes to score a prefix's entries.
+SOFTPROMPT_FAST_BOTH int64_t key_blocks(Range entries) {
+  return divide_up(most(0, entries.length), kDecodeKeys);
+}
 
 struct DecodeSizes {
   int64_t batch, q_heads, kv_heads, queries, own, packed;
@@ -56,11 +72,13 @@ struct DecodeSizes {
   int64_t longest;
   bool offsets;  // prefix_offsets were given: lengths are known to the device only
   bool indexed;  // prefix_index was given: so is who shares a prefix
+  bool widened;  // prefixes are of 8 bits
 };
 
 struct DecodePlan {
   int batch, kv_heads, groups, queries, own, packed;
   bool indexed;
+  bool together;  // an own item takes its row's prefix too
   int per_row;    // stacked queries of a row and key/value head, G * S
   int tile;       // stacked queries of a large tile
   int row_tiles;  // large tiles of one row
@@ -69,7 +87,10 @@ struct DecodePlan {
   int prefix_splits;      // the most shares a prefix can have
   int64_t prefix_blocks;  // of one section
 
-  SOFTPROMPT_FAST_BOTH int slots() const { return own_splits + prefix_splits; }
+  // Partial results of a query; of a single item's, which is its result, none are kept.
+  SOFTPROMPT_FAST_BOTH int slots() const {
+    return own_splits + prefix_splits > 1 ? own_splits + prefix_splits : 0;
+  }
   SOFTPROMPT_FAST_BOTH int64_t units() const { return int64_t{batch} * kv_heads; }
   SOFTPROMPT_FAST_BOTH int64_t states() const { return units() * per_row * slots(); }
   SOFTPROMPT_FAST_BOTH int64_t all_prefix_blocks() const { return sections * prefix_blocks; }
@@ -89,6 +110,10 @@ struct DecodePlan {
     return most(most(min_blocks, divide_up(work * kv_heads, wanted)),
                 divide_up(longest, prefix_splits));
   }
+  // Of a group of rows that share a prefix.
+  SOFTPROMPT_FAST_BOTH int64_t items(int64_t rows, Range entries, int64_t share) const {
+    return tiles(rows) * kv_heads * divide_up(key_blocks(entries), share);
+  }
 };
 
 // The op's index tensors, dense, each as in its contract or absent.
@@ -99,11 +124,12 @@ struct DecodeRows {
 // `tile`: queries of a large tile, at most the kernel's. `beside`: blocks for prefixes beside own
 // items that fill the device; 0: on every other place. `resident`: blocks that the device runs at
 // a time. `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before
-// prefixes get fewer shares for it. Example: 64 rows of one query, 32 heads over 8, 1024 entries,
-// tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each of 8 heads against 4 shares
-// of 256 entries.
+// prefixes get fewer shares for it. `together`: as kTogether. Example: 64 rows of one query, 32
+// heads over 8, 1024 entries, tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each
+// of 8 heads against 4 shares of 256 entries.
 inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, int64_t state_bytes,
-                              int beside = 0, int64_t most_bytes = int64_t{128} << 20) {
+                              int beside = 0, int together = kTogether,
+                              int64_t most_bytes = int64_t{128} << 20) {
   DecodePlan plan = {};
   plan.batch = (int)sizes.batch;
   plan.kv_heads = (int)sizes.kv_heads;
@@ -118,8 +144,19 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   plan.own_tile = plan.per_row <= kSmallTile ? kSmallTile : tile;
   plan.own_tiles = (int)divide_up(plan.per_row, plan.own_tile);
 
-  // Own keys: split where there are too few rows to fill the device, 128 keys or more a share.
+  // One item for all of a row's keys, where it and another for the prefix would have run side by
+  // side.
+  const bool known = !sizes.indexed && !sizes.offsets;
+  const int64_t longest =
+      divide_up(known ? sizes.packed : most(1, least(sizes.longest, sizes.packed)), kDecodeKeys);
   const int64_t own_items = plan.units() * plan.own_tiles;
+  plan.sections = plan.own_splits = 1;
+  plan.together = sizes.packed > 0 && !sizes.widened && 2 * own_items <= resident &&
+                  plan.per_row <= kMostTogether &&
+                  longest + divide_up(sizes.own, kDecodeKeys) <= together;
+  if (plan.together) return plan;
+
+  // Own keys: split where there are too few rows to fill the device, 128 keys or more a share.
   const bool own_fills = own_items >= resident;
   plan.own_splits = (int)most(
       1, least(least(resident / own_items, divide_up(sizes.own, 2 * kDecodeKeys)), kMaxSplits));
@@ -132,9 +169,6 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   plan.wanted = (int)most(1, (own_fills ? beside : resident) / plan.sections);
   plan.min_blocks = own_fills ? 4 : 2;
   if (sizes.packed == 0) return plan;
-  const bool known = !sizes.indexed && !sizes.offsets;
-  const int64_t longest =
-      divide_up(known ? sizes.packed : most(1, least(sizes.longest, sizes.packed)), kDecodeKeys);
   const int64_t least_tiles = sizes.indexed ? 1 : plan.tiles(rows);
   int64_t splits = least(divide_up(longest, plan.min_blocks), kMaxSplits);
   splits = least(splits, divide_up(plan.wanted, plan.kv_heads * least_tiles));
@@ -157,10 +191,6 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
 SOFTPROMPT_FAST_BOTH int64_t read_index(const Index& index, int64_t i) {
   return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];
 }
-
-struct Range {
-  int first, length;
-};
 
 // Entries of prefix n in the pack.
 SOFTPROMPT_FAST_BOTH Range prefix_range(const DecodePlan& plan, const DecodeRows& rows, int64_t n) {
@@ -213,6 +243,13 @@ SOFTPROMPT_FAST_BOTH Interval sees_own(const OwnRange& own, int i, bool causal, 
   return {(int)least(low, high), (int)high};
 }
 
+// What a row's own items go on to: the entries of its prefix that its first query sees, for the
+// others see no more.
+SOFTPROMPT_FAST_BOTH Interval behind_own(const DecodePlan& plan, int length, const OwnRange& own,
+                                         int window) {
+  return plan.together ? sees_prefix(length, own, 0, window) : Interval{0, 0};
+}
+
 // One of `splits` equal shares of [low, high), whole blocks of keys but for the last.
 SOFTPROMPT_FAST_BOTH Interval share_of(Interval keys, int split, int splits) {
   const int64_t share =
@@ -221,61 +258,146 @@ SOFTPROMPT_FAST_BOTH Interval share_of(Interval keys, int split, int splits) {
   return {(int)low, (int)least(low + share, keys.high)};
 }
 
+// A row of a section as a number whose order is theirs: longest prefix first, then by prefix, then
+// by row; rows without entries last.
+constexpr uint64_t kMostBlocks = 1 << 24;  // more than a prefix has
+
+SOFTPROMPT_FAST_BOTH uint64_t row_key(int row, int64_t prefix, int64_t blocks) {
+  return (kMostBlocks - (uint64_t)blocks) << 39 | (uint64_t)(blocks > 0 ? prefix : 0) << 8 |
+         (uint64_t)row;
+}
+SOFTPROMPT_FAST_BOTH int row_of(uint64_t key) { return (int)(key & 0xFF); }
+SOFTPROMPT_FAST_BOTH uint64_t without_row(uint64_t key) { return key >> 8; }
+SOFTPROMPT_FAST_BOTH int64_t prefix_of(uint64_t key) {
+  return key >> 39 == kMostBlocks ? -1 : (int64_t)(key >> 8 & INT_MAX);
+}
+
 // What a section's blocks work out together, in shared memory.
 struct DecodeSection {
-  int prefix[kSection];     // by row: which one, kNoPrefix where there are no entries
-  int same[kSection];       // by row: rows of the same prefix if it is the first of them, else 0
-  int order[kSection];      // rows in the order of their prefixes
-  int groups;               // prefixes in use
-  int first[kSection];      // by group: its first place in the order
-  int rows[kSection];       // by group
+  uint64_t sorted[kSection];  // its rows, by row_key
+  uint64_t runs[kSection];    // the same, sorted within each kRun of them
+  int groups;                 // of rows that share a prefix; the last may be those without
+  int first[kSection + 1];  // by group: its first place in the order; behind the last, their count
   Range entries[kSection];  // by group
+  // A block's group, its number among the group's items, and key blocks a share.
+  int found;
+  int64_t number, share;
+
+  SOFTPROMPT_FAST_BOTH int rows(int group) const { return first[group + 1] - first[group]; }
+};
+
+// Of a number a thread, the sum over threads of lower rank, and over all.
+struct Sums {
+  int64_t before, total;
 };
 
 // The only thread there is; on the device a block of them takes its place.
 struct Alone {
   static constexpr int rank = 0, size = 1;
   void sync() const {}
+  Sums sums(int64_t mine) const { return {0, mine}; }
 };
 
-// Quadratic: 256 rows on 128 threads are 1024 comparisons a thread, some microsecond.
+// A thread's share of `count` things: neighbours, in the order of ranks.
+template <typename Team>
+SOFTPROMPT_FAST_BOTH Interval part_of(const Team& team, int count) {
+  const int each = (count + team.size - 1) / team.size;
+  const int low = (int)least(team.rank * each, count);
+  return {low, (int)least(low + each, count)};
+}
+
+// How many of a sorted run are less.
+SOFTPROMPT_FAST_BOTH int less_in(const uint64_t* run, uint64_t key) {
+  int found = 0;
+  for (int step = kRun / 2; step > 0; step /= 2) found += run[found + step - 1] < key ? step : 0;
+  return found + (run[found] < key);
+}
+
+// By counting: within runs every key is compared with every other, between them it is searched for.
+// 256 rows on 128 threads are some 150 comparisons a thread.
 template <typename Team>
 SOFTPROMPT_FAST_BOTH void sort_section(const Team& team, const DecodePlan& plan,
                                        const DecodeRows& rows, int section, DecodeSection& out) {
   const int begin = section * kSection, count = (int)least(kSection, plan.batch - begin);
-  for (int i = team.rank; i < count; i += team.size) {
-    const int64_t n = row_prefix(rows, begin + i);
-    out.prefix[i] = prefix_range(plan, rows, n).length > 0 ? (int)n : kNoPrefix;
+  const int padded = (int)divide_up(count, kRun) * kRun;
+  // A thread's rows together, for each waits twice for memory.
+  constexpr int kEach = kSection / Team::size;
+  int64_t prefix[kEach], blocks[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    prefix[k] = row_prefix(rows, begin + (int)least(team.rank + k * team.size, count - 1));
+  }
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) blocks[k] = key_blocks(prefix_range(plan, rows, prefix[k]));
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int i = team.rank + k * team.size;
+    const uint64_t none = UINT64_MAX << 8 | (uint64_t)i;  // behind every row
+    if (i < padded) out.sorted[i] = i < count ? row_key(i, prefix[k], blocks[k]) : none;
   }
   team.sync();
-  for (int i = team.rank; i < count; i += team.size) {
-    const int mine = out.prefix[i];
-    int same = 0, earlier = 0;
-    for (int j = 0; j < count; ++j) {
-      same += out.prefix[j] == mine;
-      earlier += out.prefix[j] == mine && j < i;
-    }
-    out.same[i] = mine == kNoPrefix || earlier ? 0 : same;
+  for (int i = team.rank; i < padded; i += team.size) {
+    const uint64_t key = out.sorted[i];
+    const int run = i / kRun * kRun;
+    int place = run;
+    for (int j = 0; j < kRun; ++j) place += out.sorted[run + j] < key;
+    out.runs[place] = key;
   }
   team.sync();
-  for (int i = team.rank; i < count; i += team.size) {
-    const int mine = out.prefix[i];
-    int rank = 0, group = 0, groups = 0;
-    for (int j = 0; j < count; ++j) {
-      const bool before = out.prefix[j] < mine;
-      rank += before || (out.prefix[j] == mine && j < i);
-      group += before && out.same[j] > 0;
-      groups += out.same[j] > 0;
-    }
-    out.order[rank] = begin + i;
-    if (out.same[i] > 0) {
-      out.first[group] = rank;
-      out.rows[group] = out.same[i];
-      out.entries[group] = prefix_range(plan, rows, mine);
-    }
-    if (i == 0) out.groups = groups;
+  for (int i = team.rank; i < padded; i += team.size) {
+    const uint64_t key = out.runs[i];
+    int place = 0;
+    for (int run = 0; run < padded; run += kRun) place += less_in(out.runs + run, key);
+    out.sorted[place] = key;
   }
   team.sync();
+  const auto begins = [&](int i) {
+    return i == 0 || without_row(out.sorted[i]) != without_row(out.sorted[i - 1]);
+  };
+  const Interval mine = part_of(team, count);
+  int groups = 0;
+  for (int i = mine.low; i < mine.high; ++i) groups += begins(i);
+  const Sums sums = team.sums(groups);
+  int group = (int)sums.before;
+  for (int i = mine.low; i < mine.high; ++i) {
+    if (!begins(i)) continue;
+    out.first[group] = i;
+    out.entries[group++] = prefix_range(plan, rows, prefix_of(out.sorted[i]));
+  }
+  if (team.rank == 0) {
+    out.groups = (int)sums.total;
+    out.first[out.groups] = count;
+  }
+  team.sync();
+}
+
+// Which group has the item of block number `block`; false: none has.
+template <typename Team>
+SOFTPROMPT_FAST_BOTH bool find_group(const Team& team, const DecodePlan& plan, int64_t block,
+                                     DecodeSection& section) {
+  const Interval mine = part_of(team, section.groups);
+  int64_t work = 0;
+  for (int g = mine.low; g < mine.high; ++g) {
+    work += plan.tiles(section.rows(g)) * key_blocks(section.entries[g]);
+  }
+  const int64_t share =
+      plan.share_blocks(team.sums(work).total, key_blocks(section.entries[0]));  // the longest
+  const auto items = [&](int g) { return plan.items(section.rows(g), section.entries[g], share); };
+  int64_t count = 0;
+  for (int g = mine.low; g < mine.high; ++g) count += items(g);
+  const Sums sums = team.sums(count);
+  int64_t number = block - sums.before;
+  for (int g = mine.low; g < mine.high && number >= 0; ++g) {
+    const int64_t here = items(g);
+    if (number < here) {
+      section.found = g;
+      section.number = number;
+      section.share = share;
+    }
+    number -= here;
+  }
+  team.sync();
+  return block < sums.total;
 }
 
 struct DecodeItem {
@@ -292,52 +414,44 @@ struct DecodeItem {
   SOFTPROMPT_FAST_BOTH int query(int j, int per_row) const { return first_query + j % per_row; }
 };
 
-// The item of a section's block number `block`; false: there is none. `section` is read only where
+// The item of a section's block number `block`; false: there is none. `section` is used only where
 // rows have a prefix_index; else all rows are one group, in their own order.
-SOFTPROMPT_FAST_BOTH bool prefix_item(const DecodePlan& plan, const DecodeRows& rows,
-                                      const DecodeSection& section, int64_t block,
+template <typename Team>
+SOFTPROMPT_FAST_BOTH bool prefix_item(const Team& team, const DecodePlan& plan,
+                                      const DecodeRows& rows, DecodeSection& section, int64_t block,
                                       DecodeItem& item) {
-  const int groups = plan.indexed ? section.groups : 1;
-  const Range whole = plan.indexed ? Range{0, 0} : prefix_range(plan, rows, 0);
-  int64_t work = 0, longest = 0;
-  for (int g = 0; g < groups; ++g) {
-    const int64_t count = plan.indexed ? section.rows[g] : plan.batch;
-    const int64_t blocks =
-        divide_up((plan.indexed ? section.entries[g] : whole).length, kDecodeKeys);
-    work += plan.tiles(count) * blocks;
-    longest = most(longest, blocks);
+  int first = 0, count = plan.batch;
+  int64_t share;
+  if (plan.indexed) {
+    if (!find_group(team, plan, block, section)) return false;
+    first = section.first[section.found];
+    count = section.rows(section.found);
+    item.entries = section.entries[section.found];
+    block = section.number;
+    share = section.share;
+  } else {
+    item.entries = prefix_range(plan, rows, 0);
+    const int64_t blocks = key_blocks(item.entries);
+    share = plan.share_blocks(plan.tiles(count) * blocks, blocks);
+    if (block >= plan.items(count, item.entries, share)) return false;
   }
-  if (work == 0) return false;
-  const int64_t share = plan.share_blocks(work, longest);
-  for (int g = 0; g < groups; ++g) {
-    const int count = plan.indexed ? section.rows[g] : plan.batch;
-    const Range entries = plan.indexed ? section.entries[g] : whole;
-    const int64_t tiles = plan.tiles(count);
-    const int64_t splits = divide_up(divide_up(entries.length, kDecodeKeys), share);
-    if (block >= tiles * plan.kv_heads * splits) {
-      block -= tiles * plan.kv_heads * splits;
-      continue;
-    }
-    // Tiles that read the same entries stand next to one another: what one loads, the next finds
-    // in L2.
-    const int tile = (int)(block % tiles);
-    item.kv_head = (int)(block / tiles % plan.kv_heads);
-    item.split = (int)(block / tiles / plan.kv_heads);
-    item.splits = (int)splits;
-    item.entries = entries;
-    item.is_small = plan.small(count);
-    item.row_splits = item.splits * plan.row_tiles;
-    const int first = plan.indexed ? section.first[g] : 0;
-    const int whole_rows = item.is_small ? count : plan.tile_rows();
-    const int skipped = tile / plan.row_tiles * whole_rows;
-    item.first_row = first + skipped;
-    item.rows = (int)least(whole_rows, count - skipped);
-    item.first_query = plan.row_tiles > 1 ? tile % plan.row_tiles * plan.tile : 0;
-    item.stacked = plan.row_tiles > 1 ? (int)least(plan.tile, plan.per_row - item.first_query)
-                                      : item.rows * plan.per_row;
-    return true;
-  }
-  return false;
+  // Tiles that read the same entries stand next to one another: what one loads, the next finds in
+  // L2.
+  const int number = (int)block, tiles = (int)plan.tiles(count);
+  const int tile = number % tiles;
+  item.kv_head = number / tiles % plan.kv_heads;
+  item.split = number / tiles / plan.kv_heads;
+  item.splits = (int)divide_up(key_blocks(item.entries), share);
+  item.is_small = plan.small(count);
+  item.row_splits = item.splits * plan.row_tiles;
+  const int whole_rows = item.is_small ? count : plan.tile_rows();
+  const int skipped = tile / plan.row_tiles * whole_rows;
+  item.first_row = first + skipped;
+  item.rows = (int)least(whole_rows, count - skipped);
+  item.first_query = plan.row_tiles > 1 ? tile % plan.row_tiles * plan.tile : 0;
+  item.stacked = plan.row_tiles > 1 ? (int)least(plan.tile, plan.per_row - item.first_query)
+                                    : item.rows * plan.per_row;
+  return true;
 }
 
 SOFTPROMPT_FAST_BOTH DecodeItem own_item(const DecodePlan& plan, int64_t block) {
@@ -370,7 +484,7 @@ SOFTPROMPT_FAST_BOTH unsigned own_arrival(const DecodePlan& plan, const DecodeIt
 
 // Whether an item's result is a row's whole result: then nothing is merged and nobody arrives.
 SOFTPROMPT_FAST_BOTH bool is_whole(const DecodePlan& plan, bool has_prefix) {
-  return !has_prefix && plan.own_splits == 1;
+  return (plan.together || !has_prefix) && plan.own_splits == 1;
 }
 
 }  // namespace cuda
