@@ -737,7 +737,7 @@ def generate_case(name: str, batch: int, virtual: int, own: int, new: int, devic
 
 def step_case(name: str, model: Any, batch: int, virtual: int, own: int) -> Case:
     """A decode step of all layers, in a graph but for transformers' own: its modules around our attention ("ours"),
-    and backend "cuda", which fuses the step of all but Qwen3. Every call steps back first."""
+    and backend "cuda", which fuses the step. Every call steps back first."""
     from transformers import DynamicCache
 
     from softprompt_fast import SoftPromptModel
