@@ -313,6 +313,16 @@ def test_heads_that_the_norm_does_not_take(change: dict[str, Any], message: str)
         prompt_qkv.norm_heads(query, key, *head_norms(given["dtype"], given["dim"]), cos, cos)
 
 
+def test_opcheck_of_the_norm_of_heads() -> None:
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    query, key = (torch.randn(3, heads, 4, 8).to(torch.bfloat16) for heads in (4, 2))
+    norms = [x for norm in head_norms(torch.bfloat16, 8) for x in (norm.weight, norm.offset, norm.eps)]
+    cos = torch.ones(1, 4, 8, dtype=torch.bfloat16)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(prompt_qkv._HEAD_NORM, (query, key, *norms, cos, cos, None), test_utils=checks)
+
+
 # ---- what the kernel does not take ----------------------------------------------------------------------------------
 
 
