@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """prompt_qkv's CUDA kernel for few rows against the float64 reference, at widths that its 16-byte loads divide
-(tests/ops has the others, which take another form). On a CPU it is emulated."""
+(tests/ops has the others, which take another form), and the norm of heads behind it. On a CPU they are emulated."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softprompt_fast import ops
 from softprompt_fast.backends import heuristics, native
 from softprompt_fast.backends._registry import BackendError
-from softprompt_fast.testing import assert_within_noise, poisoned_memory
+from softprompt_fast.backends.norm import Norm
+from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
 from tests.device import cpu_only
 
 module, reason = native.load_cuda()
@@ -178,6 +181,149 @@ def test_a_static_cache_without_room_is_an_assertion_and_no_wild_store(start: in
     """On a GPU it ends the process's use of the device, so it is tested here alone."""
     with pytest.raises(RuntimeError, match="a static cache has no room for the new tokens"):
         into_static(start, 9)
+
+
+# ---- heads with a norm ----------------------------------------------------------------------------------------------
+
+NORMED: dict[str, dict[str, Any]] = {
+    "hidden states": {},
+    "token ids": {"prompt": 0},
+    "prompt and ids, padded": {"prompt": 5, "own_start": [0, 1, 4]},
+    "bias": {"bias": True},
+    "gemma": {"offset": 1.0},
+    "partial rotation": {"rotation": 4},
+    "positions per row": {"per_row": True},
+    "heads of 2": {"head_dim": 2},
+    "heads of 64": {"head_dim": 64, "width": 64},
+    "heads of 66": {"head_dim": 66, "rotation": 34, "width": 64},
+    "heads of 96": {"head_dim": 96, "width": 64},
+    "heads of 128": {"head_dim": 128, "q_heads": 2, "kv_heads": 1, "batch": 1, "tokens": 2},
+    "heads of 256": {"head_dim": 256, "q_heads": 2, "kv_heads": 1, "batch": 1, "tokens": 2, "width": 40},
+    "one row": {"batch": 1, "tokens": 1},
+    "many rows": {"batch": 10, "tokens": 13, "width": 8},  # projected in the other form
+}
+
+
+def head_norms(dtype: torch.dtype, dim: int, offset: float = 0.0) -> tuple[Norm, Norm]:
+    """Of q and k, which differ in all that they may; eps is such that it tells."""
+    q_weight, k_weight = (torch.randn(2, dim) + 1 - offset).to(dtype)
+    return Norm("rms", q_weight, None, offset, 1e-2), Norm("rms", k_weight, None, offset, 1e-1)
+
+
+def as_modules_do(x: Tensor, norm: Norm, cos: Tensor, sin: Tensor) -> Tensor:
+    """A norm of heads ``[B, heads, S, D]`` and the rotation, rounded where transformers' modules round."""
+    assert norm.weight is not None
+    x = F.rms_norm(x, x.shape[-1:], None, norm.eps) * (norm.weight.to(x.dtype) + norm.offset)
+    size = cos.shape[-1]
+    first, second = x[..., :size].chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = x[..., :size] * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, x[..., size:]], -1)
+
+
+def normed(call: dict[str, Any], norms: tuple[Norm, Norm], backend: str) -> list[Tensor]:
+    """Query, key and value by a backend's projection, which has no rotation, and PyTorch behind it."""
+    plain = {key: x for key, x in call.items() if key not in ("cos", "sin")}
+    query, key, value, _ = ops.prompt_qkv(**plain, backend=backend)
+    turned = [as_modules_do(x, n, call["cos"], call["sin"]) for x, n in zip((query, key), norms, strict=True)]
+    return [*turned, value]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMED)
+def test_forward_with_norms_of_heads(name: str, dtype: torch.dtype) -> None:
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    change = {**NORMED[name]}
+    offset = change.pop("offset", 0.0)
+    call = make(dtype, **change)
+    norms = head_norms(dtype, change.get("head_dim", 8), offset)
+    plain = {key: x for key, x in call.items() if key not in ("cos", "sin")}
+    with poisoned_memory():
+        query, key, value, _ = ops.prompt_qkv(**plain, backend="cuda")
+        prompt_qkv.norm_heads(query, key, *norms, call["cos"], call["sin"])
+    oracle = normed({k: widened(v) for k, v in call.items()}, norms, "reference")
+    for what, x, y, z in zip(NAMES, (query, key, value), oracle, normed(call, norms, "torch"), strict=False):
+        assert x.dtype == dtype
+        assert_within_noise(x, y, z, what)
+
+
+def test_heads_of_random_sizes() -> None:
+    """Views with any strides of memory that holds NaN everywhere else, and a static cache's other places."""
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    draw = random.Random(0)
+    orders = [(0, 2, 1, 3), (0, 1, 2, 3), (2, 0, 1, 3), (0, 2, 3, 1)]
+    for _ in range(60):
+        batch, length, q_heads, kv_heads, free = (draw.randint(1, most) for most in (4, 5, 5, 3, 6))
+        dim, dtype = 2 * draw.randint(1, 128), draw.choice(DTYPES)
+        size, start = 2 * draw.randint(1, dim // 2), draw.randint(0, free)
+        query = guarded((batch, q_heads, length, dim), dtype, order=draw.choice(orders))
+        key = guarded((batch, kv_heads, length + free, dim), dtype, order=draw.choice(orders))
+        angles = torch.randn(draw.choice((1, batch)), length, size, dtype=torch.float64)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        norms = head_norms(dtype, dim, draw.choice((0.0, 1.0)))
+        new = key[:, :, start : start + length].clone()
+        pairs = list(zip((query.clone(), new), norms, strict=True))
+        baseline = [as_modules_do(x, norm, cos, sin) for x, norm in pairs]
+        oracle = [as_modules_do(x.double(), norm, cos.double(), sin.double()) for x, norm in pairs]
+        others = key.clone()
+        prompt_qkv.norm_heads(query, key, *norms, cos, sin, torch.tensor([start], dtype=torch.int32))
+        found = key[:, :, start : start + length].clone()
+        for what, x, y, z in zip(("query", "key"), (query, found), oracle, baseline, strict=True):
+            assert_within_noise(x, y, z, what)
+        key[:, :, start : start + length] = others[:, :, start : start + length]
+        assert torch.equal(key, others)
+
+
+@cpu_only
+@pytest.mark.parametrize("start", [6, -1])
+def test_heads_beyond_a_static_cache_are_an_assertion(start: int) -> None:
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    query, key = torch.ones(1, 2, 4, 8).bfloat16(), torch.ones(1, 1, 9, 8).bfloat16()
+    cos = torch.ones(1, 4, 8).bfloat16()
+    with pytest.raises(RuntimeError, match="a static cache has no room for the new tokens"):
+        prompt_qkv.norm_heads(query, key, *head_norms(torch.bfloat16, 8), cos, cos, torch.tensor([start]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"key": (1, 1, 5, 8)}, "key: expected 4 places without a start, found 5"),
+        ({"key": (2, 1, 4, 8)}, "key: does not fit"),
+        ({"query": (1, 2, 4, 7)}, "with an even D"),
+        ({"query": (1, 2, 4, 258), "key": (1, 1, 4, 258), "dim": 258}, "expected heads of at most 256, found 258"),
+        ({"dim": 6}, "weight: does not fit"),
+        ({"cos": (1, 3, 8)}, "cos: does not fit"),
+        ({"cos": (1, 4, 10)}, "cos, sin: expected an even number up to 8, found 10"),
+        ({"cos": (1, 4, 0)}, "cos, sin: expected angles"),
+        ({"angles": torch.float32}, "cos, sin: expected angles in the others' dtype, found float32"),
+        ({"dtype": torch.float32}, "query: expected bfloat16 or float16"),
+    ],
+    ids=str,
+)
+def test_heads_that_the_norm_does_not_take(change: dict[str, Any], message: str) -> None:
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    given = {"query": (1, 2, 4, 8), "key": (1, 1, 4, 8), "cos": (1, 4, 8), "dim": 8, "dtype": torch.bfloat16, **change}
+    query, key = (torch.ones(given[name], dtype=given["dtype"]) for name in ("query", "key"))
+    cos = torch.ones(given["cos"], dtype=given.get("angles", given["dtype"]))
+    with pytest.raises(ValueError, match=message):
+        prompt_qkv.norm_heads(query, key, *head_norms(given["dtype"], given["dim"]), cos, cos)
+
+
+def test_opcheck_of_the_norm_of_heads() -> None:
+    from softprompt_fast.backends.cuda import prompt_qkv
+
+    query, key = (torch.randn(3, heads, 4, 8).to(torch.bfloat16) for heads in (4, 2))
+    norms = [x for norm in head_norms(torch.bfloat16, 8) for x in (norm.weight, norm.offset, norm.eps)]
+    cos = torch.ones(1, 4, 8, dtype=torch.bfloat16)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(prompt_qkv._HEAD_NORM, (query, key, *norms, cos, cos, None), test_utils=checks)
+
+
+# ---- what the kernel does not take ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused decoder on backend "cuda": a layer's step in two launches and a library's products, in 16 bits. On a CPU
-the kernels are emulated.
+"""The fused decoder on backend "cuda": a layer's step in two launches (three where heads have norms) and a library's
+products, in 16 bits. On a CPU the kernels are emulated.
 
 Logits are held to the noise floor of ``softprompt_fast.testing``: against float64, the base's own modules in the same
 dtype (with the same attention kernels) are the baseline.
@@ -39,7 +39,7 @@ module, reason = native.load_cuda()
 pytestmark = pytest.mark.skipif(module is None, reason=f"CUDA kernels: {reason}")
 
 DTYPES = [torch.bfloat16, torch.float16]
-FUSED = ("llama", "mistral_short_window", "mistral_long_window", "qwen2", "gemma")
+FUSED = ("llama", "mistral_short_window", "mistral_long_window", "qwen2", "qwen3", "gemma")
 ROWS = make_rows([4, 7, 1])
 NAMES = ["a", None, "b"]
 PATH = "shared prefix, fused decoder"
@@ -98,8 +98,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     seen = Launches()
 
-    ops = ((prompt_qkv, "prompt_qkv", "_OP"), (prefix_attention, "prefix_attention", "NATIVE"))
-    for where, kernel, name in (*ops, (prefix_attention, "prefix_attention", "_OUT")):
+    ops = ((prompt_qkv, "prompt_qkv", "_OP"), (prompt_qkv, "head_norm", "_HEAD_NORM"))
+    attention = ((prefix_attention, "prefix_attention", name) for name in ("NATIVE", "_OUT"))
+    for where, kernel, name in (*ops, *attention):
         monkeypatch.setattr(where, name, seen.recorded(kernel, getattr(where, name)))
     many, triton = prompt_qkv.many_rows.forward, prefix_attention.triton.forward
     monkeypatch.setattr(prompt_qkv.many_rows, "forward", lambda *a: (seen.append("many rows"), many(*a))[1])
@@ -108,6 +109,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 TWO_LAYERS = ("prompt_qkv", "prefix_attention") * 2
+TWO_NORMED_LAYERS = ("prompt_qkv", "head_norm", "prefix_attention") * 2
+
+
+def two_layers(family: str) -> tuple[str, ...]:
+    return TWO_NORMED_LAYERS if family == "qwen3" else TWO_LAYERS
+
 
 # ---- logits ---------------------------------------------------------------------------------------------------------
 
@@ -126,7 +133,7 @@ def test_a_padded_batch_of_different_prompts(family: str, dtype: torch.dtype, la
             with torch.no_grad(), poisoned_memory():
                 return m(ids, attention_mask=mask, prompt=NAMES).logits[mask.bool()]
 
-        with launches.of(*TWO_LAYERS):
+        with launches.of(*two_layers(family)):
             found = logits(models[0])
         with launches.of("prefix_attention", "prefix_attention"):
             plain = logits(models[1])
@@ -153,10 +160,13 @@ CACHES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @torch.no_grad()
-def test_a_cache_is_continued_by_one_to_sixteen_tokens(kind: str, dtype: torch.dtype, launches: Launches) -> None:
+def test_a_cache_is_continued_by_one_to_sixteen_tokens(
+    family: str, kind: str, dtype: torch.dtype, launches: Launches
+) -> None:
     """As speculative decoding and chunked prompts continue it, behind left padding."""
-    models = of_family("llama", dtype)
+    models = of_family(family, dtype)
     ids, mask = pad_rows(ROWS, "left")
     more = torch.randint(0, 60, (3, 22))
     results: list[list[Tensor]] = []
@@ -168,7 +178,7 @@ def test_a_cache_is_continued_by_one_to_sixteen_tokens(kind: str, dtype: torch.d
         for part in more.split([1, 16, 1, 4], dim=1):
             before = len(launches)
             logits.append(m(part, prompt=NAMES, past_key_values=cache).logits)
-            assert m is not models[0] or launches[before:] == [*TWO_LAYERS]
+            assert m is not models[0] or launches[before:] == [*two_layers(family)]
         assert out.past_key_values is cache and int(cache.get_seq_length()) == 29
         results.append(logits)
     for step, parts in enumerate(zip(*results, strict=True)):
@@ -196,8 +206,9 @@ def test_logits_to_keep(keep: Any) -> None:
         check([m(ROWS[1].expand(2, -1), past_key_values=make_cache(), **options).logits for m in models])
 
 
-def test_more_rows_than_a_steps_take_the_backends_other_forms(launches: Launches) -> None:
-    models = of_family("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_more_rows_than_a_steps_take_the_backends_other_forms(family: str, launches: Launches) -> None:
+    models, norm = of_family(family), ["head_norm"] * (family == "qwen3")
     models[0].compile_prompt("a")
     for kind, shape, attention in (("growing", (4, 33), "Triton"), ("static", (129, 1), "prefix_attention")):
         ids = torch.randint(0, 60, shape)
@@ -207,11 +218,31 @@ def test_more_rows_than_a_steps_take_the_backends_other_forms(launches: Launches
             before = len(launches)
             logits = m(ids, prompt="a", past_key_values=cache, logits_to_keep=1).logits
             # The last layer's attention is that of one query a row.
-            expected = ["many rows", attention, "many rows", "prefix_attention"]
+            expected = ["many rows", *norm, attention, "many rows", *norm, "prefix_attention"]
             assert m is not models[0] or launches[before:] == expected
             step = m(ids[:, :1], prompt="a", past_key_values=cache).logits
             results.append(torch.cat([logits, step], 1))
         check(results)
+
+
+def test_norms_of_heads_whose_weights_are_distances_from_1(launches: Launches) -> None:
+    """As Gemma's are, in a base of Qwen3's structure; one norm has another eps."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    def make() -> PreTrainedModel:
+        base = FAMILIES["qwen3"].make()
+        for layer in base.model.layers:
+            for name in ("q_norm", "k_norm"):
+                norm = GemmaRMSNorm(16, eps=0.3 if name == "k_norm" else 1e-6)
+                norm.weight = nn.Parameter(getattr(layer.self_attn, name).weight.detach() - 1.0)
+                setattr(layer.self_attn, name, norm)
+        return base
+
+    models = trio(make, torch.bfloat16)
+    models[0].compile_prompt("a")
+    with launches.of(*TWO_NORMED_LAYERS):
+        found = models[0](ROWS[1][None], prompt="a").logits
+    check([found, *(m(ROWS[1][None], prompt="a").logits for m in models[1:])])
 
 
 def test_embeddings_are_served_and_left_as_they_are(launches: Launches) -> None:
@@ -261,7 +292,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("family", ["llama", "mistral_long_window", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral_long_window", "qwen2", "qwen3"])
 def test_greedy_text_is_that_of_the_row_alone(family: str, options: str, launches: Launches) -> None:
     """Of the base's own modules in float64."""
     model, _, exact = of_family(family)
@@ -278,7 +309,8 @@ def test_greedy_text_is_that_of_the_row_alone(family: str, options: str, launche
         before = len(launches)
         found = model.generate(ids, attention_mask=mask, prompt=names, max_new_tokens=new, **OPTIONS[options])
         ran = launches[before:]
-        assert ran.count("prompt_qkv") == ran.count("prefix_attention") == len(ran) / 2 >= 2
+        layers = ran.count("prompt_qkv") // 2
+        assert layers >= 1 and ran == [*two_layers(family)] * layers
         assert found[:, -new:].tolist() == alone
 
 
@@ -316,34 +348,33 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("config", ["LlamaConfig", "Qwen3Config"])
 @torch.no_grad()
-def test_a_layer_takes_nine_launches_and_reads_no_value(kind: str, launches: Launches) -> None:
-    """RMSNorm, QKV, RoPE and the append to the cache; attention; seven behind it: the output projection and the
-    residual, a norm, gate, activation, up, product, down and the residual. The first layer starts from token ids."""
+def test_a_layer_takes_nine_or_ten_launches_and_reads_no_value(config: str, kind: str, launches: Launches) -> None:
+    """RMSNorm, QKV, RoPE and the append to the cache (with norms of heads, they and RoPE are one more); attention;
+    seven behind it: the output projection and the residual, a norm, gate, activation, up, product, down and the
+    residual. The first layer starts from token ids."""
+    import transformers
+
     counts = []
     context = hooks.PrefixContext(None, None)
+    normed = ["head_norm"] * (config == "Qwen3Config")
     for layers in (2, 3):
-        base = of_config(lambda layers=layers: families._llama_like(_llama(), num_hidden_layers=layers))[0].base
+        of = getattr(transformers, config)
+        base = of_config(lambda of=of, layers=layers: families._llama_like(of, num_hidden_layers=layers))[0].base
         decoder = decoder_of(base)
         cache = OwnTokenCache(layers) if kind == "growing" else make_static_cache(layers, 24)
         ids, positions = torch.randint(0, 60, (3, 1)), torch.zeros(1, 1, dtype=torch.long)
         decoder(ids, positions, context, cache)  # makes the buffers
-        with Operators() as operators, launches.of(*("prompt_qkv", "prefix_attention") * layers):
+        with Operators() as operators, launches.of(*["prompt_qkv", *normed, "prefix_attention"] * layers):
             decoder(ids, positions, context, cache)
         counts.append(operators.found)
     behind = counts[1] - counts[0]
     norm = {"fused_rms_norm"} if ON_GPU else {"pow", "mean", "add_", "rsqrt", "mul", "to_copy"}
     plain = Counter({name: count for name, count in behind.items() if name not in norm})
-    assert plain == {"prompt_qkv_cuda": 1, "prefix_attention_cuda": 1, "addmm_": 2, "mm": 2, "silu": 1, "mul_": 1}, (
-        behind
-    )
+    ours = {f"{name}_cuda": 1 for name in ("prompt_qkv", *normed, "prefix_attention")}
+    assert plain == {**ours, "addmm_": 2, "mm": 2, "silu": 1, "mul_": 1}, behind
     assert not counts[0]["embedding"] and counts[0]["foreach_add_"] == (kind == "static")
-
-
-def _llama() -> type:
-    import transformers
-
-    return transformers.LlamaConfig
 
 
 def decoder_of(base: PreTrainedModel) -> CudaDecoder:
@@ -364,9 +395,10 @@ def reason_of(model: SoftPromptModel) -> str:
 
 
 def test_explain_names_the_path() -> None:
-    llama, gemma = (spf.explain(of_family(name)[0]) for name in ("llama", "gemma"))
-    assert f"layers 0-1: {PATH}, backend cuda" in str(llama)
-    assert "CUDA kernels, first layer from token ids" in llama.note
+    llama, qwen3, gemma = (spf.explain(of_family(name)[0]) for name in ("llama", "qwen3", "gemma"))
+    for found in (llama, qwen3):
+        assert f"layers 0-1: {PATH}, backend cuda" in str(found)
+        assert "CUDA kernels, first layer from token ids" in found.note
     assert "CUDA kernels, first layer from embeddings" in gemma.note
 
 
@@ -375,7 +407,6 @@ def test_other_families_have_a_reason(family: str) -> None:
     base = FAMILIES[family].make().to(torch.bfloat16)
     why = reason_of(SoftPromptModel(base, backend="cuda"))
     assert why.startswith("asked for by name; decoder not fused: ")
-    assert family != "qwen3" or "its queries and keys are normalised" in why
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

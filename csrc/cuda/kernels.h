@@ -28,6 +28,7 @@ void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left
 void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
                                 const Queue& queue);
 void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
+void run_head_norm(const HeadNorm& op, const Queue& queue);
 
 // Bytes of shared memory that a block may have on a device, and that one of the kernel for heads of
 // a size takes, whatever the rows.

@@ -43,5 +43,26 @@ void run_prompt_qkv(const PromptQkv& op, const Queue& queue) {
   });
 }
 
+void run_head_norm(const HeadNorm& op, const Queue& queue) {
+  if (op.head_dim > 256) {
+    throw std::invalid_argument(concat("expected heads of at most 256, found ", op.head_dim));
+  }
+  const int64_t items = op.batch * op.length * (op.of[0].count + op.of[1].count);
+  if (items > INT32_MAX - kQkvWarps) {
+    throw std::invalid_argument(concat("expected fewer heads, found ", items));
+  }
+  const Grid grid{dim3((unsigned)((items + kQkvWarps - 1) / kQkvWarps)), kQkvThreads};
+  with_16_bits(op.of[0].values.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (op.head_dim <= 64) {
+      launch<head_norm<T, 1>>(queue, grid, op);
+    } else if (op.head_dim <= 128) {
+      launch<head_norm<T, 2>>(queue, grid, op);
+    } else {
+      launch<head_norm<T, 4>>(queue, grid, op);
+    }
+  });
+}
+
 }  // namespace cuda
 }  // namespace softprompt_fast

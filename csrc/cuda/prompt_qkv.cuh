@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // prompt_qkv for the few rows of a decode step, in one launch: gather and concatenate (the first
 // layer starts from token ids and the prompt) or hidden states, norm, projection, rotation, and
-// q, k, v written where they stay: keys and values in the own-token cache.
+// q, k, v written where they stay: keys and values in the own-token cache. Where heads of q and k
+// have a norm too, it and the rotation are a launch of their own.
 //
 // Reading the weights takes the time, so a weight is read once, straight into the registers that
 // multiply it. A block owns `groups` times 8 pairs of columns, those that a rotation couples, and
@@ -35,10 +36,41 @@ struct QkvShared {
   float sums[kQkvWarps][kRows][kColumns + 4];  // 4: rows 8 apart would share their banks
 };
 
-// Two columns of q, k or v that a rotation couples, or that just lie in one block.
-struct ColumnPair {
-  int which, head, first, second;  // 0, 1, 2: q, k, v
-  int angle;                       // of `first` in cos and sin; -1: they pass
+// Two columns of a head that a rotation couples, or that just belong to one thread. In cos and sin
+// they have the same places.
+struct HeadPair {
+  int first, second;
+  bool turns;
+};
+
+// Pair j of head_dim / 2 in a head of q or k.
+__device__ __forceinline__ HeadPair head_pair(const Rope& rope, int head_dim, int j) {
+  const int turned = (int)rope.size / 2;
+  if (j >= turned) return {turned + j, head_dim / 2 + j, false};  // behind the rotation: in halves
+  if (rope.interleaved) return {2 * j, 2 * j + 1, true};
+  return {j, j + turned, true};
+}
+
+__device__ __forceinline__ void turn(float (&x)[2], const float (&cos)[2], const float (&sin)[2]) {
+  const float first = x[0] * cos[0] - x[1] * sin[0];
+  x[1] = x[1] * cos[1] + x[0] * sin[1];
+  x[0] = first;
+}
+
+__device__ __forceinline__ int64_t first_place(const CacheStart& start) {
+  return start.at ? load_index(start.at, 0) : 0;
+}
+
+// That there is none is an error, and no reason for a wild store.
+__device__ __forceinline__ bool has_room(const CacheStart& start, int64_t place) {
+  const bool room = !start.at || (place >= 0 && place < start.capacity);
+  device_assert(room, "a static cache has no room for the new tokens");
+  return room;
+}
+
+// A pair of columns of q, k or v.
+struct ColumnPair : HeadPair {
+  int which, head;  // 0, 1, 2: q, k, v
   bool exists;
 };
 
@@ -48,17 +80,11 @@ __device__ __forceinline__ ColumnPair column_pair(const PromptQkv& op, int pair)
   if (pair >= q_pairs + k_pairs) {
     pair -= q_pairs + k_pairs;
     const int head = pair / value_half, j = pair % value_half;
-    return {2, head, j, j + value_half, -1, head < (int)op.kv_heads};
+    return {{j, j + value_half, false}, 2, head, head < (int)op.kv_heads};
   }
   const int which = pair >= q_pairs;
   if (which) pair -= q_pairs;
-  const int head = pair / half, j = pair % half, turned = (int)op.rotation / 2;
-  if (j >= turned) {  // behind the rotation: the rest, in halves
-    const int first = turned + j;
-    return {which, head, first, first + half - turned, -1, true};
-  }
-  if (op.interleaved) return {which, head, 2 * j, 2 * j + 1, 2 * j, true};
-  return {which, head, j, j + turned, j, true};
+  return {head_pair(op.rope, (int)op.head_dim, pair % half), which, pair / half, true};
 }
 
 template <typename T, int size>
@@ -239,49 +265,114 @@ __global__ void __launch_bounds__(kQkvThreads, 1) prompt_qkv(const __grid_consta
   }
   __syncthreads();
 
-  const int64_t start = op.start ? load_index(op.start, 0) : 0;
+  const int64_t start = first_place(op.start);
   for (int i = thread; i < kRows * 8 * groups; i += kQkvThreads) {
     const int row = i / (8 * groups), j = i % (8 * groups), line = first_line + row;
     const ColumnPair pair = column_pair(op, first_pair + j);
     if (line >= lines || !pair.exists) continue;
     const int column = j / 8 * 16 + j % 8;
-    float x = 0.0f, y = 0.0f;
+    float x[2] = {};
     for (int w = 0; w < kQkvWarps; ++w) {
-      x += shared.sums[w][row][column];
-      y += shared.sums[w][row][column + 8];
+      x[0] += shared.sums[w][row][column];
+      x[1] += shared.sums[w][row][column + 8];
     }
     if (rms_last) {
-      x *= shared.factor[row];
-      y *= shared.factor[row];
+      x[0] *= shared.factor[row];
+      x[1] *= shared.factor[row];
     }
     if (const Tensor& bias = op.bias[pair.which]) {
       const T* b = (const T*)bias.data + pair.head * (pair.which == 2 ? op.value_dim : op.head_dim);
-      x += to_float(b[pair.first]);
-      y += to_float(b[pair.second]);
+      x[0] += to_float(b[pair.first]);
+      x[1] += to_float(b[pair.second]);
     }
     const int64_t b = line / slots, slot = line % slots;
-    if (pair.angle >= 0) {
-      const int64_t second = op.interleaved ? pair.angle + 1 : pair.angle + op.rotation / 2;
-      const auto angle = [&](const Tensor& of, int64_t n) {
-        float value[1];
-        load_floats(value, of, b * of.stride[0] + slot * of.stride[1] + n * of.stride[2]);
-        return value[0];
-      };
-      const float turned = x * angle(op.cos, pair.angle) - y * angle(op.sin, pair.angle);
-      y = y * angle(op.cos, second) + x * angle(op.sin, second);
-      x = turned;
+    if (pair.turns) {
+      float cos[2], sin[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const auto angle = [&](const Tensor& of) {
+          float value[1];
+          load_floats(value, of,
+                      b * of.stride[0] + slot * of.stride[1] +
+                          (n ? pair.second : pair.first) * of.stride[2]);
+          return value[0];
+        };
+        cos[n] = angle(op.rope.cos);
+        sin[n] = angle(op.rope.sin);
+      }
+      turn(x, cos, sin);
     }
     const int64_t place = pair.which ? start + slot : slot;
-    if (pair.which && op.start) {
-      const bool room = place >= 0 && place < op.capacity;
-      device_assert(room, "a static cache has no room for the new tokens");
-      if (!room) continue;
-    }
+    if (pair.which && !has_room(op.start, place)) continue;
     const Tensor& out = op.out[pair.which];
     T* to = as_global((T*)out.data) + b * out.stride[0] + pair.head * out.stride[1] +
             place * out.stride[2];
-    to[pair.first * out.stride[3]] = from_float<T>(x);
-    to[pair.second * out.stride[3]] = from_float<T>(y);
+    to[pair.first * out.stride[3]] = from_float<T>(x[0]);
+    to[pair.second * out.stride[3]] = from_float<T>(x[1]);
+  }
+}
+
+// A warp a head of a token. A lane has `pairs` of it: as many as heads of 64 * pairs take.
+template <typename T, int pairs>
+__global__ void __launch_bounds__(kQkvThreads) head_norm(const __grid_constant__ HeadNorm op) {
+  const int lane = threadIdx.x % 32, dim = (int)op.head_dim, half = dim / 2;
+  const int heads = (int)(op.of[0].count + op.of[1].count), length = (int)op.length;
+  const int item = (int)blockIdx.x * kQkvWarps + threadIdx.x / 32;
+  const int line = item / heads, b = line / length, slot = line % length;
+  if (b >= (int)op.batch) return;
+  const bool is_key = item % heads >= (int)op.of[0].count;
+  const HeadNorm::Heads& of = op.of[is_key];
+  const int head = item % heads - (is_key ? (int)op.of[0].count : 0);
+  const int64_t place = is_key ? first_place(op.start) + slot : slot;
+  if (is_key && !has_room(op.start, place)) return;
+  const auto at = [&](const Tensor& x, int64_t a, int64_t b, int64_t c) {
+    return as_global((T*)x.data) + a * x.stride[0] + b * x.stride[1] + c * x.stride[2];
+  };
+  T* values = at(of.values, b, head, place);
+  const T* weight = at(of.weight, 0, 0, 0);
+  const T *cos = at(op.rope.cos, b, slot, 0), *sin = at(op.rope.sin, b, slot, 0);
+
+  // First all loads, so that none waits for another.
+  T x[pairs][2], gain[pairs][2], cosines[pairs][2], sines[pairs][2];
+#pragma unroll
+  for (int n = 0; n < pairs; ++n) {
+    const int j = lane + 32 * n;
+    const HeadPair pair = head_pair(op.rope, dim, j < half ? j : 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = i ? pair.second : pair.first;
+      x[n][i] = values[column * of.values.stride[3]];
+      gain[n][i] = weight[column * of.weight.stride[0]];
+      const int angle = pair.turns ? column : 0;
+      cosines[n][i] = cos[angle * op.rope.cos.stride[2]];
+      sines[n][i] = sin[angle * op.rope.sin.stride[2]];
+    }
+  }
+  float y[pairs][2], squares = 0.0f;
+#pragma unroll
+  for (int n = 0; n < pairs; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      y[n][i] = lane + 32 * n < half ? to_float(x[n][i]) : 0.0f;
+      squares += y[n][i] * y[n][i];
+    }
+  }
+  const float factor = reciprocal_root(warp_sum(squares) / (float)dim + of.eps);
+#pragma unroll
+  for (int n = 0; n < pairs; ++n) {
+    const int j = lane + 32 * n;
+    if (j >= half) continue;
+    const HeadPair pair = head_pair(op.rope, dim, j);
+    float turn_cos[2], turn_sin[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      y[n][i] *= factor * (to_float(gain[n][i]) + of.offset);
+      turn_cos[i] = to_float(cosines[n][i]);
+      turn_sin[i] = to_float(sines[n][i]);
+    }
+    if (pair.turns) turn(y[n], turn_cos, turn_sin);
+    values[pair.first * of.values.stride[3]] = from_float<T>(y[n][0]);
+    values[pair.second * of.values.stride[3]] = from_float<T>(y[n][1]);
   }
 }
 

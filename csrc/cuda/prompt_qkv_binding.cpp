@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The op softprompt_fast::prompt_qkv_cuda: rows of a decode step, results where the caller wants
-// them.
+// The ops softprompt_fast::prompt_qkv_cuda, for rows of a decode step, results where the caller
+// wants them, and softprompt_fast::head_norm_cuda behind it.
 #include "../torch_abi.h"
 #include "binding.h"
 
@@ -62,6 +62,30 @@ Tensor read_angles(const char* name, const View& x, int64_t batch, int64_t lengt
   return tensor;
 }
 
+Rope read_rope(const View& cos, const View& sin, int64_t batch, int64_t length, int64_t head_dim,
+               const View& like) {
+  SOFTPROMPT_FAST_CHECK(bool(cos) == bool(sin), "cos, sin: expected both or none");
+  if (!cos) return {};
+  Rope rope = {read_angles("cos", cos, batch, length, like),
+               read_angles("sin", sin, batch, length, like), cos.size[2], false};
+  SOFTPROMPT_FAST_CHECK(rope.size % 2 == 0 && rope.size <= head_dim && sin.size[2] == rope.size,
+                        "cos, sin: expected an even number up to ", head_dim, ", found ", rope.size,
+                        " and ", sin.size[2]);
+  return rope;
+}
+
+CacheStart read_start(const View& start, const View& key, int64_t length) {
+  SOFTPROMPT_FAST_CHECK(start || key.size[2] == length, "key: expected ", length,
+                        " places without a start, found ", key.size[2]);
+  return {abi::as_index("start", start, 1, key), key.size[2]};
+}
+
+void check_16_bits(const View& query) {
+  const DType dtype = abi::dtype_of("query", query);
+  SOFTPROMPT_FAST_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+                        "query: expected bfloat16 or float16, found ", query.describe());
+}
+
 void run(abi::Value* stack, uint64_t inputs) {
   const abi::Arguments given(kKinds, stack, inputs);
   const View tokens = given.tensor(kTokens), table = given.tensor(kTable);
@@ -115,17 +139,11 @@ void run(abi::Value* stack, uint64_t inputs) {
                         "expected heads, a width that 8 divides and even head dimensions, found ",
                         op.q_heads, ", ", op.kv_heads, ", ", concat.width, ", ", op.head_dim,
                         " and ", op.value_dim);
-  const DType dtype = abi::dtype_of("query", q);
-  SOFTPROMPT_FAST_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16,
-                        "query: expected bfloat16 or float16, found ", q.describe());
-  const View start = given.tensor(kStart);
-  op.start = abi::as_index("start", start, 1, q);
-  op.capacity = k.size[2];
-  SOFTPROMPT_FAST_CHECK(start || op.capacity == length, "key: expected ", length,
-                        " places without a start, found ", op.capacity);
+  check_16_bits(q);
+  op.start = read_start(given.tensor(kStart), k, length);
   op.out[0] = read("query", q, {concat.batch, op.q_heads, length, op.head_dim}, q);
-  op.out[1] = read("key", k, {concat.batch, op.kv_heads, op.capacity, op.head_dim}, q);
-  op.out[2] = read("value", v, {concat.batch, op.kv_heads, op.capacity, op.value_dim}, q);
+  op.out[1] = read("key", k, {concat.batch, op.kv_heads, op.start.capacity, op.head_dim}, q);
+  op.out[2] = read("value", v, {concat.batch, op.kv_heads, op.start.capacity, op.value_dim}, q);
   const int64_t rows[] = {op.q_heads * op.head_dim, op.kv_heads * op.head_dim,
                           op.kv_heads * op.value_dim};
   for (int i = 0; i < 3; ++i) {
@@ -140,23 +158,50 @@ void run(abi::Value* stack, uint64_t inputs) {
   op.norm_bias = read("norm_bias", given.tensor(kNormBias), {concat.width}, q);
   op.norm_offset = static_cast<float>(given.number(kNormOffset));
   op.eps = static_cast<float>(given.number(kEps));
-  SOFTPROMPT_FAST_CHECK(given.has(kCos) == given.has(kSin), "cos, sin: expected both or none");
-  if (const View cos = given.tensor(kCos)) {
-    op.cos = read_angles("cos", cos, concat.batch, length, q);
-    op.sin = read_angles("sin", given.tensor(kSin), concat.batch, length, q);
-    op.rotation = cos.size[2];
-    SOFTPROMPT_FAST_CHECK(op.rotation % 2 == 0 && op.rotation <= op.head_dim,
-                          "cos: expected an even number up to ", op.head_dim, ", found ",
-                          op.rotation);
-    op.interleaved = given.flag(kInterleaved);
-  }
+  op.rope = read_rope(given.tensor(kCos), given.tensor(kSin), concat.batch, length, op.head_dim, q);
+  op.rope.interleaved = given.flag(kInterleaved);
   run_prompt_qkv(op, queue_of(q));
+  stack[0] = 1;
+}
+
+// query, key, weight, offset and eps of q's norm, of k's, cos, sin, start
+constexpr const char* kHeadNormKinds = "RRTddTddTT?T";
+
+void run_norm(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kHeadNormKinds, stack, inputs);
+  const View q = given.tensor(0), k = given.tensor(1);
+  SOFTPROMPT_FAST_CHECK(q.dimensions == 4 && k.dimensions == 4 && q.size[3] % 2 == 0,
+                        "query, key: expected [B, heads, S, D] with an even D, found ",
+                        q.describe(), " and ", k.describe());
+  check_16_bits(q);
+  HeadNorm op = {};
+  op.batch = q.size[0];
+  op.length = q.size[2];
+  op.head_dim = q.size[3];
+  op.start = read_start(given.tensor(10), k, op.length);
+  const auto heads = [&](const char* name, const View& x, int64_t places, int norm) {
+    return HeadNorm::Heads{x.size[1], read(name, x, {op.batch, x.size[1], places, op.head_dim}, q),
+                           read("weight", given.tensor(norm), {op.head_dim}, q),
+                           static_cast<float>(given.number(norm + 1)),
+                           static_cast<float>(given.number(norm + 2))};
+  };
+  op.of[0] = heads("query", q, op.length, 2);
+  op.of[1] = heads("key", k, op.start.capacity, 5);
+  const View cos = given.tensor(8), sin = given.tensor(9);
+  op.rope = read_rope(cos, sin, op.batch, op.length, op.head_dim, q);
+  SOFTPROMPT_FAST_CHECK(op.rope.size > 0 && cos.dtype == q.dtype && sin.dtype == q.dtype,
+                        "cos, sin: expected angles in the others' dtype, found ", cos.describe(),
+                        " and ", sin.describe());
+  run_head_norm(op, queue_of(q));
   stack[0] = 1;
 }
 
 }  // namespace
 
-void implement_prompt_qkv() { abi::implement("prompt_qkv_cuda", dispatch_key(), &abi::boxed<run>); }
+void implement_prompt_qkv() {
+  abi::implement("prompt_qkv_cuda", dispatch_key(), &abi::boxed<run>);
+  abi::implement("head_norm_cuda", dispatch_key(), &abi::boxed<run_norm>);
+}
 
 }  // namespace cuda
 }  // namespace softprompt_fast

@@ -38,6 +38,8 @@ SCHEMAS = {
     "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_offset, float eps, Tensor? cos, Tensor? sin, "
     "bool interleaved, Tensor? start, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value, Tensor(d!)? residual) "
     "-> bool",
+    "head_norm": "(Tensor(a!) query, Tensor(b!) key, Tensor q_weight, float q_offset, float q_eps, Tensor k_weight, "
+    "float k_offset, float k_eps, Tensor cos, Tensor sin, Tensor? start) -> bool",
     "merge_states": f"({_STATES}) -> (Tensor?, Tensor?)",
     "merge_states.out": f"({_STATES}, *, Tensor(a!) out, Tensor(b!) lse) -> bool",
     "merge_states_backward": f"(Tensor grad_out, Tensor? grad_lse, {_STATES}, Tensor(a!) grad_a, "

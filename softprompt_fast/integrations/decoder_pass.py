@@ -277,7 +277,8 @@ class _Products(NamedTuple):
 
 class CudaDecoder(FusedDecoder):
     """Backend "cuda" for a base in bfloat16 or float16: one launch from hidden states (in the first layer from token
-    ids) to queries and the cache, one for attention, and a library's products behind it, seven launches.
+    ids) to queries and the cache (two where the heads of queries and keys have a norm), one for attention, and a
+    library's products behind it, seven launches.
 
     More rows than a decode step's take ``prompt_qkv`` and ``prefix_attention`` in the forms that the backend has for
     them. No value is read on the host, so a step can be captured in a CUDA graph.
@@ -300,8 +301,6 @@ class CudaDecoder(FusedDecoder):
         self._table = embed.weight.detach() if type(embed) is nn.Embedding and embed.max_norm is None else None
         if why := _runtime.refusals(embed.weight.detach()):
             raise UnservedError(why[0])
-        if any(layer.q_norm is not None for layer in parts.layers):
-            raise UnservedError("its queries and keys are normalised, which the CUDA kernel does not do")
         self._weights = [[linear.weight.detach() for linear in layer.qkv] for layer in parts.layers]
         self._biases = [_biases(layer) for layer in parts.layers]
         self._products = [_Products.of(layer) for layer in parts.layers]
@@ -328,12 +327,14 @@ class CudaDecoder(FusedDecoder):
             start = own.cumulative_length.view(1)
         else:
             new_keys, new_values, keys, values = own.extend(like, places, parts.head_dim)
-        norm, table = parts.layers[i].norm, None if x.is_floating_point() else self._table
+        norm, q_norm, k_norm = parts.layers[i].norm, parts.layers[i].q_norm, parts.layers[i].k_norm
+        rotation = (cos, sin) if q_norm is None else (None, None)  # heads with a norm turn behind it
+        table = None if x.is_floating_point() else self._table
         source = (
             (x.view(batch, length, x.shape[-1]), None, None) if table is None else (x, table, table[:0])
         )  # no prompt
         rows = (*source, None, None, None, 0, 1.0, 1.0)
-        layer = (parts.q_heads, parts.kv_heads, "rms", norm.weight, None, norm.offset, norm.eps, cos, sin, False)
+        layer = (parts.q_heads, parts.kv_heads, "rms", norm.weight, None, norm.offset, norm.eps, *rotation, False)
         weights, biases = self._weights[i], self._biases[i]
         residual: Tensor | None = None
         if heuristics.fuse_projection(batch * length):
@@ -349,6 +350,8 @@ class CudaDecoder(FusedDecoder):
                     place.copy_(computed)
                 else:
                     place.index_copy_(2, start + torch.arange(length, device=like.device), computed)
+        if q_norm is not None and k_norm is not None:
+            self._kernel.norm_heads(query, new_keys, q_norm, k_norm, cos, sin, start)
         return _Projected(query, keys, values, x if table is None or residual is None else residual.flatten(0, 1))
 
     def _end(self, cache: Cache | None, length: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt_fast.backends import heuristics, native_ops
 from softprompt_fast.backends.cuda import _runtime
-from softprompt_fast.backends.norm import KINDS
+from softprompt_fast.backends.norm import KINDS, Norm
 from softprompt_fast.backends.torch import prompt_qkv as torch_backend
 
 many_rows: Any
@@ -25,6 +25,7 @@ except ImportError:
     many_rows = torch_backend
 
 _OP = native_ops.op("prompt_qkv", "cuda")
+_HEAD_NORM = native_ops.op("head_norm", "cuda")
 
 backward = many_rows.backward
 
@@ -129,6 +130,31 @@ def into_cache(
         *(cos, sin, interleaved, start, query, key, value, residual),
     )
     native_ops.served(_runtime._cuda, done)
+
+
+def norm_heads(
+    query: Tensor,
+    key: Tensor,
+    q_norm: Norm,
+    k_norm: Norm,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor | None = None,
+) -> None:
+    """The RMS norm over each head of queries and keys and the rotation behind it, in place and in one launch: for
+    bases that normalise heads, where :func:`into_cache` or :func:`forward` has projected without a rotation.
+
+    Args:
+        query, key: ``[B, Hq, S, D]`` and ``[B, Hkv, S, D]``, any strides; one 16-bit dtype, D even and at most 256.
+        q_norm, k_norm: of kind "rms", with weights ``[D]`` in the same dtype.
+        cos, sin: ``[B or 1, S, R]``, R even and up to D, in the same dtype.
+        start: as :func:`into_cache` has it; `key` is then the whole static cache.
+
+    Raises:
+        ValueError: a tensor is none of these.
+    """
+    norms = (q_norm.weight, q_norm.offset, q_norm.eps, k_norm.weight, k_norm.offset, k_norm.eps)
+    native_ops.served(_runtime._cuda, _HEAD_NORM(query, key, *norms, cos, sin, start))
 
 
 def fits(
