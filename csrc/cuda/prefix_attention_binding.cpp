@@ -2,6 +2,7 @@
 // The op softprompt_fast::prefix_attention_cuda: a decode step.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -186,12 +187,12 @@ void bind_prefix_attention(pybind11::module_& module) {
       "Address and number of the counters of every stream so far, which calls leave at 0.");
   module.def(
       "prefix_attention_workspace",
-      [](const pybind11::tuple& given, bool offsets, bool indexed, int device) {
+      [](const std::array<int64_t, 10>& given, bool offsets, bool indexed, int device) {
         DecodeSizes s = {};
         int64_t head_dim = 0, v_dim = 0;
         int64_t* const sizes[] = {&s.batch,  &s.q_heads, &s.kv_heads, &s.queries,  &s.own,
                                   &s.packed, &head_dim,  &v_dim,      &s.prefixes, &s.longest};
-        read_sizes(given, sizes);
+        for (size_t i = 0; i < given.size(); ++i) *sizes[i] = given[i];
         SOFTPROMPT_FAST_CHECK(s.batch > 0 && s.queries > 0 && s.kv_heads > 0 && s.q_heads > 0 &&
                                   s.q_heads % s.kv_heads == 0,
                               "sizes: expected rows, queries, and q_heads a multiple of kv_heads");
