@@ -446,6 +446,7 @@ def test_the_op_in_cpp_alone_gives_the_same(name: str, ids: bool, native: str) -
     inputs, options = make(name, ids=ids)
     with poisoned_memory():
         want = run(inputs, options, native)
+    assert torch.equal(run(inputs, options, native), want)
     rows = [options.get(k) for k in ("prompt_offsets", "prompt_index", "own_start", "prompt_length")]
     rest = (options.get("scale"), options.get("prompt_scale"), options.get("padding_side", "left") == "left", None)
     found = ops_module.BACKENDS[native].NATIVE(*inputs, *rows, *rest)
