@@ -129,10 +129,6 @@ inline PromptConcat PromptConcatCall::forward() const {
   return op;
 }
 
-// Arguments: the call's, and out_dtype or out.
-inline const std::string kPromptConcatKinds = std::string(PromptConcatCall::kKinds) + "?i";
-inline const std::string kPromptConcatOutKinds = std::string(PromptConcatCall::kKinds) + "R";
-
 inline PromptConcat read_prompt_concat(const PromptConcatCall& call, const abi::View& out) {
   PromptConcat op = call.forward();
   op.prompt = read_floating("prompt", call.prompt, {op.packed, op.width}, call.tokens);
@@ -140,14 +136,30 @@ inline PromptConcat read_prompt_concat(const PromptConcatCall& call, const abi::
   return op;
 }
 
-inline abi::NewTensor new_prompt_concat(const PromptConcatCall& call, const abi::Arguments& given) {
+// The op, by what computes a call on a device. Arguments: the call's and out_dtype.
+template <void (*run)(const PromptConcatCall& call, const abi::View& out)>
+void prompt_concat(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string(PromptConcatCall::kKinds) + "?i";
   constexpr int kDType = PromptConcatCall::kCount;
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  const PromptConcatCall call(given);
   const abi::View& embeddings = call.table ? call.table : call.tokens;
   const int64_t width = call.rows.width;
-  return abi::NewTensor(
+  abi::NewTensor out(
       call.tokens,
       given.has(kDType) ? static_cast<int32_t>(given.integer(kDType)) : embeddings.dtype,
       {call.rows.batch, call.length(), width}, {call.length() * width, width, 1});
+  run(call, out.view());
+  stack[0] = out.release();
+}
+
+// Its form with memory for the result.
+template <void (*run)(const PromptConcatCall& call, const abi::View& out)>
+void prompt_concat_out(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string(PromptConcatCall::kKinds) + "R";
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  run(PromptConcatCall(given), given.tensor(PromptConcatCall::kCount));
+  stack[0] = 1;
 }
 
 // Arguments: grad_out, the call's without a table, and the two results, of which the tokens' is

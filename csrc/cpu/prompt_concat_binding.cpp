@@ -7,20 +7,9 @@
 namespace softprompt_fast {
 namespace {
 
-void run(PromptConcat op) { run_prompt_concat(op, abi::threads()); }
-
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kPromptConcatKinds.c_str(), stack, inputs);
-  const PromptConcatCall call(given);
-  abi::NewTensor out = new_prompt_concat(call, given);
-  run(read_prompt_concat(call, out.view()));
-  stack[0] = out.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kPromptConcatOutKinds.c_str(), stack, inputs);
-  run(read_prompt_concat(PromptConcatCall(given), given.tensor(PromptConcatCall::kCount)));
-  stack[0] = 1;
+void run(const PromptConcatCall& call, const abi::View& out) {
+  PromptConcat op = read_prompt_concat(call, out);
+  run_prompt_concat(op, abi::threads());
 }
 
 void backward(abi::Value* stack, uint64_t inputs) {
@@ -33,8 +22,8 @@ void backward(abi::Value* stack, uint64_t inputs) {
 }  // namespace
 
 void implement_prompt_concat() {
-  abi::implement("prompt_concat_cpu", "CPU", &abi::boxed<forward>);
-  abi::implement("prompt_concat_cpu.out", "CPU", &abi::boxed<forward_out>);
+  abi::implement("prompt_concat_cpu", "CPU", &abi::boxed<prompt_concat<run>>);
+  abi::implement("prompt_concat_cpu.out", "CPU", &abi::boxed<prompt_concat_out<run>>);
   abi::implement("prompt_concat_backward_cpu", "CPU", &abi::boxed<backward>);
 }
 

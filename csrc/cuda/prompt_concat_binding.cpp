@@ -7,20 +7,8 @@ namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kPromptConcatKinds.c_str(), stack, inputs);
-  const PromptConcatCall call(given);
-  abi::NewTensor out = new_prompt_concat(call, given);
-  run_prompt_concat(read_prompt_concat(call, out.view()), queue_of(call.tokens));
-  stack[0] = out.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kPromptConcatOutKinds.c_str(), stack, inputs);
-  const PromptConcatCall call(given);
-  run_prompt_concat(read_prompt_concat(call, given.tensor(PromptConcatCall::kCount)),
-                    queue_of(call.tokens));
-  stack[0] = 1;
+void run(const PromptConcatCall& call, const abi::View& out) {
+  run_prompt_concat(read_prompt_concat(call, out), queue_of(call.tokens));
 }
 
 void backward(abi::Value* stack, uint64_t inputs) {
@@ -32,8 +20,8 @@ void backward(abi::Value* stack, uint64_t inputs) {
 }  // namespace
 
 void implement_prompt_concat() {
-  abi::implement("prompt_concat_cuda", dispatch_key(), &abi::boxed<forward>);
-  abi::implement("prompt_concat_cuda.out", dispatch_key(), &abi::boxed<forward_out>);
+  abi::implement("prompt_concat_cuda", dispatch_key(), &abi::boxed<prompt_concat<run>>);
+  abi::implement("prompt_concat_cuda.out", dispatch_key(), &abi::boxed<prompt_concat_out<run>>);
   abi::implement("prompt_concat_backward_cuda", dispatch_key(), &abi::boxed<backward>);
 }
 
