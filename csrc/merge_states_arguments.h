@@ -57,8 +57,24 @@ inline MergeStates read_merge_states(const abi::Arguments& given, const abi::Vie
   op.lse = read.lse("lse", lse);
   return op;
 }
-constexpr const char* kMergeStatesKinds = "TTTT";
-constexpr const char* kMergeStatesOutKinds = "TTTTRR";
+
+// The op, by what computes a call on the device of its tensors, one of which is given.
+template <void (*run)(const MergeStates& op, const abi::View& any)>
+void merge_states(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given("TTTT", stack, inputs);
+  abi::NewTensor out(given.tensor(0)), lse(given.tensor(1));
+  run(read_merge_states(given, out.view(), lse.view()), given.tensor(0));
+  stack[0] = out.release();
+  stack[1] = lse.release();
+}
+
+// Its form with memory for the results.
+template <void (*run)(const MergeStates& op, const abi::View& any)>
+void merge_states_out(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given("TTTTRR", stack, inputs);
+  run(read_merge_states(given, given.tensor(4), given.tensor(5)), given.tensor(0));
+  stack[0] = 1;
+}
 
 // Arguments: grad_out, grad_lse, out_a, lse_a, out_b, lse_b, and the four results.
 inline MergeStatesGrad read_merge_states_backward(const abi::Arguments& given) {

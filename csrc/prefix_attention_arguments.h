@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <string>
 
 #include "checks.h"
 #include "torch_abi.h"
@@ -151,5 +152,26 @@ struct PrefixAttentionResults {
 
   abi::NewTensor out, lse;
 };
+
+// The op, by what computes a call on a device.
+template <void (*run)(const PrefixAttentionCall&, const abi::View& out, const abi::View& lse)>
+void prefix_attention(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(PrefixAttentionCall::kKinds, stack, inputs);
+  const PrefixAttentionCall call(given);
+  PrefixAttentionResults results(call);
+  run(call, results.out.view(), results.lse.view());
+  stack[0] = results.out.release();
+  stack[1] = results.lse.release();
+}
+
+// Its form with memory for the results.
+template <void (*run)(const PrefixAttentionCall&, const abi::View& out, const abi::View& lse)>
+void prefix_attention_out(abi::Value* stack, uint64_t inputs) {
+  static const std::string kinds = std::string(PrefixAttentionCall::kKinds) + "RR";
+  constexpr int kOut = PrefixAttentionCall::kCount;
+  const abi::Arguments given(kinds.c_str(), stack, inputs);
+  run(PrefixAttentionCall(given), given.tensor(kOut), given.tensor(kOut + 1));
+  stack[0] = 1;
+}
 
 }  // namespace softprompt_fast

@@ -25,8 +25,6 @@ struct CacheStart {
 struct PromptQkv {
   PromptConcat concat;  // where rows come from; without a prompt: slots and packed 0, no ids. Its
                         // `out` is the residual, null where nobody wants it
-  PromptRows rows;
-  bool left;
 
   enum Norm : int32_t { kNone = 0, kRms = 1, kLayer = 2 };
   Norm norm;

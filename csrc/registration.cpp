@@ -75,25 +75,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_allocations", &softprompt_fast::workspace_allocations,
         "How often the CPU kernels allocated scratch memory so far.");
   m.def(
-      "refusal",
+      "raise_refusal",
       [] {
-        const auto& last = softprompt_fast::abi::refusal();
-        return std::make_pair(last.why, last.failed);
+        if (const auto last = softprompt_fast::abi::refusal()) std::rethrow_exception(last);
       },
-      "Why the last op called in this thread that did not serve its call did not, and whether "
-      "something failed, other than its arguments.");
+      "Raise why the last op called in this thread that did not serve its call did not: "
+      "ValueError or IndexError, its arguments; RuntimeError, something else failed.");
   m.def(
       "implement_ops",
       [](const std::string& folder) {
         softprompt_fast::abi::load(folder);
         softprompt_fast::implement_merge_states();
         softprompt_fast::implement_prefix_attention();
+        softprompt_fast::implement_prompt_concat();
       },
       pybind11::arg("folder"),
       "Give PyTorch, whose libraries lie in a folder, the kernels of the ops "
       "softprompt_fast::*_cpu. Once. RuntimeError: this PyTorch lacks what that takes.");
   softprompt_fast::bind_linear(m);
   softprompt_fast::bind_prefix_attention(m);
-  softprompt_fast::bind_prompt_concat(m);
   softprompt_fast::bind_training(m);
 }

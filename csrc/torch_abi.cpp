@@ -113,8 +113,8 @@ View view_of(Handle handle, bool written) {
 
 }  // namespace
 
-Refusal& refusal() {
-  thread_local Refusal last;
+std::exception_ptr& refusal() {
+  thread_local std::exception_ptr last;
   return last;
 }
 

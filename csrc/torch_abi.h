@@ -9,13 +9,12 @@
 // 0, or the address of such a value, which the receiver frees.
 //
 // No exception may pass through PyTorch, whose C++ runtime can be another one. So our ops say by
-// their results whether they served a call, and refusal() says why not.
+// their results whether they served a call, and refusal() keeps why not.
 #pragma once
 
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
 #include "tensor.h"
@@ -27,13 +26,8 @@ using Value = uint64_t;
 using Handle = void*;  // AtenTensorHandle
 using Kernel = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
 
-// Why the last call of this thread that was not served was not: its arguments (Python's
-// ValueError), or something that failed (RuntimeError).
-struct Refusal {
-  std::string why;
-  bool failed = false;
-};
-Refusal& refusal();
+// What the last call of this thread that was not served threw; null: there was none.
+std::exception_ptr& refusal();
 
 // A kernel of `run`, from a stack of arguments to one of results; where it throws, all results are
 // none, or false.
@@ -42,10 +36,8 @@ void boxed(Value* stack, uint64_t inputs, uint64_t outputs) {
   try {
     run(stack, inputs);
     return;
-  } catch (const std::invalid_argument& error) {
-    refusal() = {error.what(), false};
-  } catch (const std::exception& error) {
-    refusal() = {error.what(), true};
+  } catch (...) {
+    refusal() = std::current_exception();
   }
   for (uint64_t i = 0; i < outputs; ++i) stack[i] = 0;
 }

@@ -99,6 +99,9 @@ def calls(backend: str) -> dict[str, Callable[[], list[Tensor]]]:
         ),
         "prefix_attention decode": lambda: [*_attend(decode, backend)],
         "merge_states": lambda: both(ops.merge_states(*states, backend=backend), states),
+        "prompt_concat without gradients": lambda: [
+            ops.prompt_concat(tokens, table, prompt.detach(), **packed, backend=backend)
+        ],
         "prompt_concat": lambda: both(ops.prompt_concat(tokens, table, prompt, **packed, backend=backend), [prompt]),
         "prompt_qkv": lambda: both(
             ops.prompt_qkv(
@@ -114,7 +117,14 @@ def _attend(inputs: AttentionInputs, backend: str) -> tuple[Tensor, Tensor]:
     return ops.prefix_attention(*inputs.tensors, **inputs.options, return_lse=True, backend=backend)
 
 
-CALLS = ("prefix_attention", "prefix_attention decode", "merge_states", "prompt_concat", "prompt_qkv")
+CALLS = (
+    "prefix_attention",
+    "prefix_attention decode",
+    "merge_states",
+    "prompt_concat",
+    "prompt_concat without gradients",
+    "prompt_qkv",
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,19 +19,7 @@ void run(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {
                });
 }
 
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kMergeStatesKinds, stack, inputs);
-  abi::NewTensor out(given.tensor(0)), lse(given.tensor(1));
-  run(read_merge_states(given, out.view(), lse.view()), kernels().merge_states);
-  stack[0] = out.release();
-  stack[1] = lse.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kMergeStatesOutKinds, stack, inputs);
-  run(read_merge_states(given, given.tensor(4), given.tensor(5)), kernels().merge_states);
-  stack[0] = 1;
-}
+void forward(const MergeStates& op, const abi::View&) { run(op, kernels().merge_states); }
 
 void backward(abi::Value* stack, uint64_t inputs) {
   const abi::Arguments given(kMergeStatesBackwardKinds, stack, inputs);
@@ -42,8 +30,8 @@ void backward(abi::Value* stack, uint64_t inputs) {
 }  // namespace
 
 void implement_merge_states() {
-  abi::implement("merge_states_cpu", "CPU", &abi::boxed<forward>);
-  abi::implement("merge_states_cpu.out", "CPU", &abi::boxed<forward_out>);
+  abi::implement("merge_states_cpu", "CPU", &abi::boxed<merge_states<forward>>);
+  abi::implement("merge_states_cpu.out", "CPU", &abi::boxed<merge_states_out<forward>>);
   abi::implement("merge_states_backward_cpu", "CPU", &abi::boxed<backward>);
 }
 

@@ -94,23 +94,6 @@ void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View&
   run_prefix_attention(op, rows_of(call), abi::threads());
 }
 
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(PrefixAttentionCall::kKinds, stack, inputs);
-  const PrefixAttentionCall call(given);
-  PrefixAttentionResults results(call);
-  run(call, results.out.view(), results.lse.view());
-  stack[0] = results.out.release();
-  stack[1] = results.lse.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  static const std::string kinds = std::string(PrefixAttentionCall::kKinds) + "RR";
-  constexpr int kOut = PrefixAttentionCall::kCount;
-  const abi::Arguments given(kinds.c_str(), stack, inputs);
-  run(PrefixAttentionCall(given), given.tensor(kOut), given.tensor(kOut + 1));
-  stack[0] = 1;
-}
-
 // Arguments: grad_out, grad_lse, those of forward with its results, then the gradients of query,
 // key, value, prefix_key and prefix_value (the last two zeros), and delta, which may be left out.
 void backward(abi::Value* stack, uint64_t inputs) {
@@ -151,8 +134,8 @@ void backward(abi::Value* stack, uint64_t inputs) {
 }  // namespace
 
 void implement_prefix_attention() {
-  abi::implement("prefix_attention_cpu", "CPU", &abi::boxed<forward>);
-  abi::implement("prefix_attention_cpu.out", "CPU", &abi::boxed<forward_out>);
+  abi::implement("prefix_attention_cpu", "CPU", &abi::boxed<prefix_attention<run>>);
+  abi::implement("prefix_attention_cpu.out", "CPU", &abi::boxed<prefix_attention_out<run>>);
   abi::implement("prefix_attention_backward_cpu", "CPU", &abi::boxed<backward>);
 }
 

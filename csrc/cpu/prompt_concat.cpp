@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "../checks.h"
@@ -23,48 +24,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The prompts of a pack, and which of them a row uses.
 struct Prompts {
-  const Index &offsets, &index;
-  int64_t packed;
+  const PromptBatch& op;
 
-  int64_t count() const { return offsets ? offsets.size - 1 : 1; }
-  int64_t first(int64_t prompt) const { return offsets ? offsets[prompt] : 0; }
-  int64_t end(int64_t prompt) const { return offsets ? offsets[prompt + 1] : packed; }
-  int64_t of(int64_t row) const { return index ? index[row] : 0; }
+  int64_t count() const { return op.prompt_offsets ? op.prompt_offsets.size - 1 : 1; }
+  int64_t first(int64_t prompt) const { return op.prompt_offsets ? op.prompt_offsets[prompt] : 0; }
+  int64_t end(int64_t prompt) const {
+    return op.prompt_offsets ? op.prompt_offsets[prompt + 1] : op.packed;
+  }
+  int64_t of(int64_t row) const { return op.prompt_index ? op.prompt_index[row] : 0; }
 };
 
-// The op has checked these values where it could see them. Checked again, because whatever is wrong
-// here would be read or written out of bounds.
-template <typename Op>
-void place_rows(const Op& op, const Prompts& prompts, const Index& own_start, bool left,
-                std::vector<PromptRow>& rows) {
-  int64_t before = 0;
-  for (int64_t i = 0; i < prompts.count(); ++i) {
-    const int64_t first = prompts.first(i), end = prompts.end(i);
-    SOFTPROMPT_FAST_CHECK(before <= first && first <= end && end <= op.packed,
-                          "prompt_offsets: expected rising values within 0..", op.packed,
-                          ", found ", first, " and ", end, " in places ", i, " and ", i + 1);
-    before = end;
-  }
-  const auto fits = [&](const char* name, const Index& index) {
-    SOFTPROMPT_FAST_CHECK(!index || index.size == op.batch, name, ": expected ", op.batch,
-                          " values, found ", index.size);
-  };
-  fits("prompt_index", prompts.index);
-  fits("own_start", own_start);
+// Sets op.rows, which stay until this thread's next call.
+void place_rows(PromptBatch& op) {
+  thread_local std::vector<PromptRow> rows;  // kept, so that a later call need not allocate
   rows.resize(op.batch);
+  const Prompts prompts = {op};
   for (int64_t b = 0; b < op.batch; ++b) {
-    const int64_t prompt = prompts.of(b), start = own_start ? own_start[b] : 0;
-    SOFTPROMPT_FAST_CHECK(prompt >= -1 && prompt < prompts.count(),
-                          "prompt_index: expected values within -1..", prompts.count() - 1,
-                          ", found ", prompt, " in row ", b);
-    SOFTPROMPT_FAST_CHECK(start >= 0 && start <= op.own, "own_start: expected values within 0..",
-                          op.own, ", found ", start, " in row ", b);
+    const int64_t prompt = prompts.of(b), start = op.own_start ? op.own_start[b] : 0;
     const int64_t first = prompt < 0 ? 0 : prompts.first(prompt);
     const int64_t size = prompt < 0 ? 0 : prompts.end(prompt) - first;
-    SOFTPROMPT_FAST_CHECK(size <= op.slots, "prompt_length: expected at least ", size, " for row ",
-                          b, ", found ", op.slots);
-    rows[b] = {start + (left ? op.slots - size : 0), first, size, start};
+    rows[b] = {start + (op.left ? op.slots - size : 0), first, size, start};
   }
+  op.rows = rows.data();
 }
 
 // Run body(first, last) over 0..count-1 in tasks of about kTask elements, `width` to each.
@@ -78,34 +59,31 @@ void for_lines(int64_t count, int64_t width, int threads, const Body& body) {
 
 }  // namespace
 
-int64_t run_prompt_concat(PromptConcat& op, const Index& prompt_offsets, const Index& prompt_index,
-                          const Index& own_start, bool left, int threads) {
-  thread_local std::vector<PromptRow> rows;  // kept, so that a later call need not allocate
-  place_rows(op, {prompt_offsets, prompt_index, op.packed}, own_start, left, rows);
-  op.rows = rows.data();
+void run_prompt_concat(PromptConcat& op, int threads) {
+  if (op.width == 0) return;
+  place_rows(op);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> wrong{kNone};
   const Kernels& isa = kernels();
-  for_lines(op.batch * (op.slots + op.own), std::max<int64_t>(1, op.width), threads,
-            [&](int64_t first, int64_t last) {
-              const int64_t found = isa.prompt_concat(op, first, last);
-              int64_t least = wrong;
-              while (found >= 0 && found < least && !wrong.compare_exchange_weak(least, found)) {
-              }
-            });
-  return wrong == kNone ? -1 : wrong.load();
+  for_lines(op.batch * (op.slots + op.own), op.width, threads, [&](int64_t first, int64_t last) {
+    const int64_t found = isa.prompt_concat(op, first, last);
+    int64_t least = wrong;
+    while (found >= 0 && found < least && !wrong.compare_exchange_weak(least, found)) {
+    }
+  });
+  if (wrong == kNone) return;
+  const int64_t row = wrong / op.own, column = wrong % op.own;
+  throw std::out_of_range(
+      concat("tokens: id ", op.ids[row * op.id_stride[0] + column * op.id_stride[1]], " in row ",
+             row, ", column ", column, " is outside the vocabulary of ", op.vocabulary, " tokens"));
 }
 
-void run_prompt_concat_backward(PromptConcatGrad& op, const Index& prompt_offsets,
-                                const Index& prompt_index, const Index& own_start, bool left,
-                                int threads) {
-  thread_local std::vector<PromptRow> rows;
+void run_prompt_concat_backward(PromptConcatGrad& op, int threads) {
   thread_local std::vector<int64_t> order, begins;  // where in order the rows of a prompt begin
   thread_local std::vector<PromptGradTask> tasks;
   if (op.width == 0) return;
-  const Prompts prompts = {prompt_offsets, prompt_index, op.packed};
-  place_rows(op, prompts, own_start, left, rows);
-  op.rows = rows.data();
+  place_rows(op);
+  const Prompts prompts = {op};
   const Kernels& isa = kernels();
   if (op.grad_tokens) {
     for_lines(op.batch * op.own, op.width, threads,

@@ -15,16 +15,13 @@ struct PromptGradTask {
   int64_t row_begin, row_end;  // in the order of PromptConcatGrad: the rows that use the entries
 };
 
-// Fills in op.rows and writes op.out. Returns the first place of tokens, row * S + column, that is
-// read and lies outside the vocabulary (its slot is then 0), or -1. Throws std::invalid_argument
-// for an offset, index or start out of range.
-int64_t run_prompt_concat(PromptConcat& op, const Index& prompt_offsets, const Index& prompt_index,
-                          const Index& own_start, bool left, int threads);
+// Fills in op.rows and writes op.out. Throws std::out_of_range where an id that is read lies
+// outside the vocabulary: the message names the first one, whose slot is then 0. All other values
+// are the caller's to check.
+void run_prompt_concat(PromptConcat& op, int threads);
 
 // Fills in op.rows and op.order, and writes op.grad_prompt and op.grad_tokens. Sums are float and
 // in an order that does not depend on the number of threads.
-void run_prompt_concat_backward(PromptConcatGrad& op, const Index& prompt_offsets,
-                                const Index& prompt_index, const Index& own_start, bool left,
-                                int threads);
+void run_prompt_concat_backward(PromptConcatGrad& op, int threads);
 
 }  // namespace softprompt_fast

@@ -23,10 +23,8 @@ struct Queue {
 // Each throws std::invalid_argument for what no kernel serves, std::runtime_error where CUDA fails.
 void run_merge_states(const MergeStates& op, const Queue& queue);
 void run_merge_states_backward(const MergeStatesGrad& op, const Queue& queue);
-void run_prompt_concat(const PromptConcat& op, const PromptRows& rows, bool left,
-                       const Queue& queue);
-void run_prompt_concat_backward(const PromptConcatGrad& op, const PromptRows& rows, bool left,
-                                const Queue& queue);
+void run_prompt_concat(const PromptConcat& op, const Queue& queue);
+void run_prompt_concat_backward(const PromptConcatGrad& op, const Queue& queue);
 void run_prompt_qkv(const PromptQkv& op, const Queue& queue);
 void run_head_norm(const HeadNorm& op, const Queue& queue);
 

@@ -7,20 +7,7 @@ namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kMergeStatesKinds, stack, inputs);
-  abi::NewTensor out(given.tensor(0)), lse(given.tensor(1));
-  run_merge_states(read_merge_states(given, out.view(), lse.view()), queue_of(given.tensor(0)));
-  stack[0] = out.release();
-  stack[1] = lse.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kMergeStatesOutKinds, stack, inputs);
-  run_merge_states(read_merge_states(given, given.tensor(4), given.tensor(5)),
-                   queue_of(given.tensor(0)));
-  stack[0] = 1;
-}
+void run(const MergeStates& op, const abi::View& any) { run_merge_states(op, queue_of(any)); }
 
 void backward(abi::Value* stack, uint64_t inputs) {
   const abi::Arguments given(kMergeStatesBackwardKinds, stack, inputs);
@@ -31,8 +18,8 @@ void backward(abi::Value* stack, uint64_t inputs) {
 }  // namespace
 
 void implement_merge_states() {
-  abi::implement("merge_states_cuda", dispatch_key(), &abi::boxed<forward>);
-  abi::implement("merge_states_cuda.out", dispatch_key(), &abi::boxed<forward_out>);
+  abi::implement("merge_states_cuda", dispatch_key(), &abi::boxed<merge_states<run>>);
+  abi::implement("merge_states_cuda.out", dispatch_key(), &abi::boxed<merge_states_out<run>>);
   abi::implement("merge_states_backward_cuda", dispatch_key(), &abi::boxed<backward>);
 }
 

@@ -2,6 +2,7 @@
 // The op softprompt_fast::prefix_attention_cuda: a decode step.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -146,31 +147,19 @@ void run(const PrefixAttentionCall& call, const abi::View& out, const abi::View&
   run_prefix_attention(op, queue);
 }
 
-void forward(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(PrefixAttentionCall::kKinds, stack, inputs);
-  const PrefixAttentionCall call(given);
+void run_few(const PrefixAttentionCall& call, const abi::View& out, const abi::View& lse) {
   // As heuristics.stack_queries has it: prefill is Triton's.
   SOFTPROMPT_FAST_CHECK(call.queries <= 1 || call.queries * (call.q_heads / call.kv_heads) <= 64,
                         "query: expected few queries a row, found ", call.query.describe());
-  PrefixAttentionResults results(call);
-  run(call, results.out.view(), results.lse.view());
-  stack[0] = results.out.release();
-  stack[1] = results.lse.release();
-}
-
-void forward_out(abi::Value* stack, uint64_t inputs) {
-  static const std::string kinds = std::string(PrefixAttentionCall::kKinds) + "RR";
-  constexpr int kOut = PrefixAttentionCall::kCount;
-  const abi::Arguments given(kinds.c_str(), stack, inputs);
-  run(PrefixAttentionCall(given), given.tensor(kOut), given.tensor(kOut + 1));
-  stack[0] = 1;
+  run(call, out, lse);
 }
 
 }  // namespace
 
 void implement_prefix_attention() {
-  abi::implement("prefix_attention_cuda", dispatch_key(), &abi::boxed<forward>);
-  abi::implement("prefix_attention_cuda.out", dispatch_key(), &abi::boxed<forward_out>);
+  abi::implement("prefix_attention_cuda", dispatch_key(), &abi::boxed<prefix_attention<run_few>>);
+  abi::implement("prefix_attention_cuda.out", dispatch_key(),
+                 &abi::boxed<prefix_attention_out<run>>);
 }
 
 void bind_prefix_attention(pybind11::module_& module) {
@@ -187,12 +176,12 @@ void bind_prefix_attention(pybind11::module_& module) {
       "Address and number of the counters of every stream so far, which calls leave at 0.");
   module.def(
       "prefix_attention_workspace",
-      [](const pybind11::tuple& given, bool offsets, bool indexed, int device) {
+      [](const std::array<int64_t, 10>& given, bool offsets, bool indexed, int device) {
         DecodeSizes s = {};
         int64_t head_dim = 0, v_dim = 0;
         int64_t* const sizes[] = {&s.batch,  &s.q_heads, &s.kv_heads, &s.queries,  &s.own,
                                   &s.packed, &head_dim,  &v_dim,      &s.prefixes, &s.longest};
-        read_sizes(given, sizes);
+        for (size_t i = 0; i < given.size(); ++i) *sizes[i] = given[i];
         SOFTPROMPT_FAST_CHECK(s.batch > 0 && s.queries > 0 && s.kv_heads > 0 && s.q_heads > 0 &&
                                   s.q_heads % s.kv_heads == 0,
                               "sizes: expected rows, queries, and q_heads a multiple of kv_heads");

@@ -11,22 +11,14 @@ namespace cuda {
 constexpr int kConcatWarps = 4;  // of a block: a row each
 constexpr int kSumWarps = 8;     // of a block of the prompt's gradient: they share the batch
 
-template <typename Op>
-struct ConcatParams {
-  Op op;
-  PromptRows rows;
-  bool left;
-};
-
 // `size` elements an access: 8, or 1 where rows are not dense or not at multiples of 16 bytes.
 template <int size>
 __global__ void __launch_bounds__(32 * kConcatWarps)
-    prompt_concat(const __grid_constant__ ConcatParams<PromptConcat> p) {
-  const PromptConcat& op = p.op;
+    prompt_concat(const __grid_constant__ PromptConcat op) {
   const int64_t slots = op.slots + op.own;
   const int64_t line = (int64_t)blockIdx.x * kConcatWarps + threadIdx.x / 32;  // of out
   if (line >= op.batch * slots) return;
-  const Source from = locate(op, p.rows, p.left, line);
+  const Source from = locate(op, line);
   for (int64_t c = threadIdx.x % 32 * size; c < op.width; c += 32 * size) {
     float x[size] = {};
     if (from.data != nullptr) {
@@ -42,15 +34,14 @@ __global__ void __launch_bounds__(32 * kConcatWarps)
 // their sums meet in shared memory, so the order of additions depends on nothing but the batch.
 template <int size>
 __global__ void __launch_bounds__(32 * kSumWarps)
-    prompt_concat_grad_prompt(const __grid_constant__ ConcatParams<PromptConcatGrad> p) {
-  const PromptConcatGrad& op = p.op;
+    prompt_concat_grad_prompt(const __grid_constant__ PromptConcatGrad op) {
   const int64_t parts = (op.width + 32 * size - 1) / (32 * size);
   const int64_t entry = blockIdx.x / parts;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t c = blockIdx.x % parts * (32 * size) + lane * size;
   float sum[size] = {};
   for (int64_t b = warp; b < op.batch; b += kSumWarps) {
-    const PromptRow row = prompt_row(op, p.rows, p.left, b);
+    const PromptRow row = prompt_row(op, b);
     const int64_t place = entry - row.first;
     if (place < 0 || place >= row.size || c >= op.width) continue;
     const int64_t offset = b * op.grad_out.stride[0] + (row.lead + place) * op.grad_out.stride[1];
@@ -75,12 +66,11 @@ __global__ void __launch_bounds__(32 * kSumWarps)
 
 template <int size>
 __global__ void __launch_bounds__(32 * kConcatWarps)
-    prompt_concat_grad_tokens(const __grid_constant__ ConcatParams<PromptConcatGrad> p) {
-  const PromptConcatGrad& op = p.op;
+    prompt_concat_grad_tokens(const __grid_constant__ PromptConcatGrad op) {
   const int64_t line = (int64_t)blockIdx.x * kConcatWarps + threadIdx.x / 32;  // of grad_tokens
   if (line >= op.batch * op.own) return;
   const int64_t b = line / op.own, token = line % op.own;
-  const PromptRow row = prompt_row(op, p.rows, p.left, b);
+  const PromptRow row = prompt_row(op, b);
   const int64_t slot = row.lead + row.size + token - row.start;
   const int64_t offset = b * op.grad_out.stride[0] + slot * op.grad_out.stride[1];
   for (int64_t c = threadIdx.x % 32 * size; c < op.width; c += 32 * size) {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The ops softprompt_fast::prompt_concat_cuda and softprompt_fast::prompt_concat_backward_cuda.
 #include "../prompt_concat_arguments.h"
 #include "binding.h"
 
@@ -6,28 +7,22 @@ namespace softprompt_fast {
 namespace cuda {
 namespace {
 
-namespace py = pybind11;
-
-void prompt_concat(py::handle ids, py::handle tokens, py::handle table, py::handle prompt,
-                   py::handle out, const py::tuple& sizes, const py::tuple& rows, double scale,
-                   double prompt_scale, bool left, py::handle queue) {
-  run_prompt_concat(as_prompt_concat(ids, tokens, table, prompt, out, sizes, scale, prompt_scale),
-                    as_prompt_rows(rows), left, as_queue(queue));
+void run(const PromptConcatCall& call, const abi::View& out) {
+  run_prompt_concat(read_prompt_concat(call, out), queue_of(call.tokens));
 }
 
-void prompt_concat_backward(py::handle grad_out, py::handle grad_prompt, py::handle grad_tokens,
-                            const py::tuple& sizes, const py::tuple& rows, double scale,
-                            double prompt_scale, bool left, py::handle queue) {
-  run_prompt_concat_backward(
-      as_prompt_concat_backward(grad_out, grad_prompt, grad_tokens, sizes, scale, prompt_scale),
-      as_prompt_rows(rows), left, as_queue(queue));
+void backward(abi::Value* stack, uint64_t inputs) {
+  const abi::Arguments given(kPromptConcatBackwardKinds.c_str(), stack, inputs);
+  run_prompt_concat_backward(read_prompt_concat_backward(given), queue_of(given.tensor(0)));
+  stack[0] = 1;
 }
 
 }  // namespace
 
-void bind_prompt_concat(py::module_& module) {
-  module.def("prompt_concat", &prompt_concat);
-  module.def("prompt_concat_backward", &prompt_concat_backward);
+void implement_prompt_concat() {
+  abi::implement("prompt_concat_cuda", dispatch_key(), &abi::boxed<prompt_concat<run>>);
+  abi::implement("prompt_concat_cuda.out", dispatch_key(), &abi::boxed<prompt_concat_out<run>>);
+  abi::implement("prompt_concat_backward_cuda", dispatch_key(), &abi::boxed<backward>);
 }
 
 }  // namespace cuda

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kQkvThreads, 1) prompt_qkv(const __grid_consta
   if (thread < kRows) {
     QkvLine line = {nullptr, 1.0f};
     if (first_line + thread < lines) {
-      const Source from = locate(op.concat, op.rows, op.left, first_line + thread);
+      const Source from = locate(op.concat, first_line + thread);
       if (from.data != nullptr) line = {(const T*)from.data + from.offset, from.scale};
     }
     shared.lines[thread] = line;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops softprompt_fast::prompt_qkv_cuda, for rows of a decode step, results where the caller
 // wants them, and softprompt_fast::head_norm_cuda behind it.
-#include "../torch_abi.h"
+#include "../prompt_concat_arguments.h"
 #include "binding.h"
 
 namespace softprompt_fast {
@@ -11,19 +11,9 @@ namespace {
 using abi::as_tensor;
 using abi::View;
 
-// Places of the arguments.
+// Places of the arguments behind those of prompt_concat.
 enum : int {
-  kTokens,
-  kTable,
-  kPrompt,
-  kOffsets,
-  kIndex,
-  kOwnStart,
-  kLength,
-  kScale,
-  kPromptScale,
-  kLeft,
-  kWeights,
+  kWeights = PromptConcatCall::kCount,
   kBiases = kWeights + 3,
   kQHeads = kBiases + 3,
   kKvHeads,
@@ -39,7 +29,7 @@ enum : int {
   kResults,
   kResidual = kResults + 3,
 };
-constexpr const char* kKinds = "T?T?T?T?T?TiddbTTT?T?T?Tiii?T?Tdd?T?Tb?TRRR?R";
+const std::string kKinds = std::string(PromptConcatCall::kKinds) + "TTT?T?T?Tiii?T?Tdd?T?Tb?TRRR?R";
 
 // One of the tensors that the kernel multiplies, writes or adds: of its one 16-bit dtype.
 Tensor read(const char* name, const View& x, std::initializer_list<int64_t> shape,
@@ -87,48 +77,24 @@ void check_16_bits(const View& query) {
 }
 
 void run(abi::Value* stack, uint64_t inputs) {
-  const abi::Arguments given(kKinds, stack, inputs);
-  const View tokens = given.tensor(kTokens), table = given.tensor(kTable);
-  const View prompt = given.tensor(kPrompt), q = given.tensor(kResults);
-  const View k = given.tensor(kResults + 1), v = given.tensor(kResults + 2);
-  SOFTPROMPT_FAST_CHECK(tokens.dimensions == (table ? 2 : 3) && q.dimensions == 4 &&
-                            k.dimensions == 4 && v.dimensions == 4,
-                        "tokens: expected [B, S] ids with a table, or [B, S, H], found ",
-                        tokens.describe());
+  const abi::Arguments given(kKinds.c_str(), stack, inputs);
+  const PromptConcatCall call(given);
+  const View q = given.tensor(kResults), k = given.tensor(kResults + 1);
+  const View v = given.tensor(kResults + 2);
+  SOFTPROMPT_FAST_CHECK(q.dimensions == 4 && k.dimensions == 4 && v.dimensions == 4,
+                        "query, key, value: expected four dimensions, found ", q.describe(), ", ",
+                        k.describe(), " and ", v.describe());
+  SOFTPROMPT_FAST_CHECK(call.prompt || call.rows.slots == 0, "prompt: expected one for ",
+                        call.rows.slots, " slots, found None");
   PromptQkv op = {};
   PromptConcat& concat = op.concat;
-  concat.batch = tokens.size[0];
-  concat.own = tokens.size[1];
-  concat.slots = given.integer(kLength);
-  SOFTPROMPT_FAST_CHECK(concat.slots >= 0 && (prompt ? prompt.dimensions == 2 : concat.slots == 0),
-                        "prompt: expected [L, H] where there are slots, found ", prompt.describe());
-  concat.packed = prompt ? prompt.size[0] : 0;
-  const View& source = prompt ? prompt : tokens;
-  concat.width = source.size[source.dimensions - 1];
-  const int64_t length = concat.slots + concat.own;
-  if (table) {
-    SOFTPROMPT_FAST_CHECK(abi::is_int64(tokens) && tokens.beside(q) && prompt,
-                          "tokens: expected int64 ids and a prompt, found ", tokens.describe());
-    concat.ids = static_cast<const int64_t*>(tokens.data);
-    concat.id_stride[0] = tokens.stride[0];
-    concat.id_stride[1] = tokens.stride[1];
-    concat.vocabulary = table.size[0];
-    concat.table = read("table", table, {concat.vocabulary, concat.width}, q);
-  } else {
-    concat.tokens = read("tokens", tokens, {concat.batch, concat.own, concat.width}, q);
-  }
-  concat.prompt = read("prompt", prompt, {concat.packed, concat.width}, q);
+  concat = call.forward();
+  const int64_t length = call.length();
+  const View& source = call.table ? call.table : call.tokens;
+  SOFTPROMPT_FAST_CHECK(source.dtype == q.dtype && source.beside(q),
+                        "tokens, table: expected the dtype of query, found ", source.describe());
+  concat.prompt = read("prompt", call.prompt, {concat.packed, concat.width}, q);
   concat.out = read("residual", given.tensor(kResidual), {concat.batch, length, concat.width}, q);
-  concat.scale = static_cast<float>(given.number(kScale));
-  concat.prompt_scale = static_cast<float>(given.number(kPromptScale));
-  const View offsets = given.tensor(kOffsets);
-  const int64_t prompts = offsets && offsets.dimensions == 1 ? offsets.size[0] : 0;
-  SOFTPROMPT_FAST_CHECK(!offsets || prompts >= 2, "prompt_offsets: expected [N + 1], found ",
-                        offsets.describe());
-  op.rows = {abi::as_index("prompt_offsets", offsets, prompts, q),
-             abi::as_index("prompt_index", given.tensor(kIndex), concat.batch, q),
-             abi::as_index("own_start", given.tensor(kOwnStart), concat.batch, q)};
-  op.left = given.flag(kLeft);
 
   op.q_heads = given.integer(kQHeads);
   op.kv_heads = given.integer(kKvHeads);

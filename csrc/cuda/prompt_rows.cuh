@@ -75,19 +75,17 @@ __device__ __forceinline__ void store_floats(const Tensor& x, int64_t offset,
 
 // ---- rows ----
 
-// The pieces of row b of the batch. Op: PromptConcat or PromptConcatGrad.
-template <typename Op>
-__device__ __forceinline__ PromptRow prompt_row(const Op& op, const PromptRows& rows, bool left,
-                                                int64_t b) {
-  const int64_t which = rows.prompt_index ? load_index(rows.prompt_index, b) : 0;
-  PromptRow row = {0, 0, op.packed, rows.own_start ? load_index(rows.own_start, b) : 0};
-  if (rows.prompt_offsets) {
+// The pieces of row b of the batch.
+__device__ __forceinline__ PromptRow prompt_row(const PromptBatch& op, int64_t b) {
+  const int64_t which = op.prompt_index ? load_index(op.prompt_index, b) : 0;
+  PromptRow row = {0, 0, op.packed, op.own_start ? load_index(op.own_start, b) : 0};
+  if (op.prompt_offsets) {
     const int64_t safe = which < 0 ? 0 : which;
-    row.first = load_index(rows.prompt_offsets, safe);
-    row.size = load_index(rows.prompt_offsets, safe + 1) - row.first;
+    row.first = load_index(op.prompt_offsets, safe);
+    row.size = load_index(op.prompt_offsets, safe + 1) - row.first;
   }
   if (which < 0) row.size = 0;
-  row.lead = row.start + (left ? op.slots - row.size : 0);
+  row.lead = row.start + (op.left ? op.slots - row.size : 0);
   return row;
 }
 
@@ -99,10 +97,9 @@ struct Source {
   float scale;
 };
 
-__device__ __forceinline__ Source locate(const PromptConcat& op, const PromptRows& rows, bool left,
-                                         int64_t line) {
+__device__ __forceinline__ Source locate(const PromptConcat& op, int64_t line) {
   const int64_t slots = op.slots + op.own, b = line / slots;
-  const PromptRow row = prompt_row(op, rows, left, b);
+  const PromptRow row = prompt_row(op, b);
   const int64_t place = line % slots - row.lead, entry = row.first + place;
   const int64_t token = place - row.size + row.start;
   // The comparison with the pack keeps offsets that promise too much from being followed.

@@ -25,24 +25,23 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Version and the architectures that the kernels were built for, as strings.");
   m.def(
-      "refusal",
+      "raise_refusal",
       [] {
-        const auto& last = softprompt_fast::abi::refusal();
-        return std::make_pair(last.why, last.failed);
+        if (const auto last = softprompt_fast::abi::refusal()) std::rethrow_exception(last);
       },
-      "Why the last op called in this thread that did not serve its call did not, and whether "
-      "something failed, other than its arguments.");
+      "Raise why the last op called in this thread that did not serve its call did not: "
+      "ValueError or IndexError, its arguments; RuntimeError, something else failed.");
   m.def(
       "implement_ops",
       [](const std::string& folder) {
         softprompt_fast::abi::load(folder);
         softprompt_fast::cuda::implement_merge_states();
         softprompt_fast::cuda::implement_prefix_attention();
+        softprompt_fast::cuda::implement_prompt_concat();
         softprompt_fast::cuda::implement_prompt_qkv();
       },
       pybind11::arg("folder"),
       "Give PyTorch, whose libraries lie in a folder, the kernels of the ops "
       "softprompt_fast::*_cuda. Once. RuntimeError: this PyTorch lacks what that takes.");
   softprompt_fast::cuda::bind_prefix_attention(m);
-  softprompt_fast::cuda::bind_prompt_concat(m);
 }

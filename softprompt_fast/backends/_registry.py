@@ -111,7 +111,8 @@ class Backends:
             results = op(*args)
         except RuntimeError:  # no tensors of this kind, or no such argument: not the op's words, but the dispatcher's
             return None
-        return None if results[0] is None else results
+        refused = results is None or (isinstance(results, tuple) and results[0] is None)
+        return None if refused else results
 
     def _tell_once(self, chosen: str, refused: dict[str, list[str]]) -> None:
         """Log that a backend which is here would not take a call. What is merely not installed is no news."""

@@ -25,6 +25,10 @@ _CALL = (
     "SymInt? sliding_window, float? softcap, Tensor? sinks, Tensor? bias, Tensor? prefix_key_scale, "
     "Tensor? prefix_value_scale, SymInt? prefix_scale_block, SymInt? max_prefix_length"
 )
+_CONCAT = (
+    "Tensor tokens, Tensor? table, Tensor? prompt, Tensor? prompt_offsets, Tensor? prompt_index, Tensor? own_start, "
+    "SymInt? prompt_length, float? scale, float? prompt_scale, bool left"
+)
 _STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
 SCHEMAS = {
     "prefix_attention": f"({_CALL}) -> (Tensor?, Tensor?)",
@@ -32,12 +36,13 @@ SCHEMAS = {
     "prefix_attention_backward": f"(Tensor grad_out, Tensor? grad_lse, {_CALL}, Tensor out, Tensor lse, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_prefix_key, "
     "Tensor(e!) grad_prefix_value, Tensor(f!)? delta) -> bool",
-    "prompt_qkv": "(Tensor tokens, Tensor? table, Tensor? prompt, Tensor? prompt_offsets, Tensor? prompt_index, "
-    "Tensor? own_start, SymInt prompt_length, float scale, float prompt_scale, bool left, Tensor q_weight, "
-    "Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, int q_heads, int kv_heads, "
-    "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_offset, float eps, Tensor? cos, Tensor? sin, "
-    "bool interleaved, Tensor? start, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value, Tensor(d!)? residual) "
-    "-> bool",
+    "prompt_concat": f"({_CONCAT}, ScalarType? out_dtype) -> Tensor?",
+    "prompt_concat.out": f"({_CONCAT}, *, Tensor(a!) out) -> bool",
+    "prompt_concat_backward": f"(Tensor grad_out, {_CONCAT}, Tensor(a!) grad_prompt, Tensor(b!)? grad_tokens) -> bool",
+    "prompt_qkv": f"({_CONCAT}, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, "
+    "Tensor? v_bias, int q_heads, int kv_heads, int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_offset, "
+    "float eps, Tensor? cos, Tensor? sin, bool interleaved, Tensor? start, Tensor(a!) query, Tensor(b!) key, "
+    "Tensor(c!) value, Tensor(d!)? residual) -> bool",
     "head_norm": "(Tensor(a!) query, Tensor(b!) key, Tensor q_weight, float q_offset, float q_eps, Tensor k_weight, "
     "float k_offset, float k_eps, Tensor cos, Tensor sin, Tensor? start) -> bool",
     "merge_states": f"({_STATES}) -> (Tensor?, Tensor?)",
@@ -46,27 +51,28 @@ SCHEMAS = {
     "Tensor(b!) grad_lse_a, Tensor(c!) grad_b, Tensor(d!) grad_lse_b) -> bool",
 }
 """The C++ side reads arguments in this order. Results are None, or False, where it refuses a call."""
+_REFUSED: dict[str, Any] = {"bool": False, "Tensor?": None, "(Tensor?, Tensor?)": (None, None)}
 
 _LIBRARY = torch.library.Library("softprompt_fast", "FRAGMENT")
 
 
-def op(name: str, backend: str, results: Callable[..., tuple[Tensor, Tensor]] | None = None) -> Any:
+def op(name: str, backend: str, results: Callable[..., Any] | None = None) -> Any:
     """The overload of an op of one backend, which this defines.
 
     Args:
         name: of `SCHEMAS`. backend: part of the op's name, ``softprompt_fast::<name>_<backend>``.
-        results: memory for the two results of a call with the op's arguments. None: the op gives a bool.
+        results: memory for the results of a call with the op's arguments. None: the op gives a bool.
     """
+    refused = _REFUSED[SCHEMAS[name].rpartition(" -> ")[2]]
 
     def fake(*args: Any, **written: Tensor) -> Any:
         tensors = [x for x in (*args, *written.values()) if isinstance(x, Tensor)]
-        fits = all(x.device == tensors[0].device for x in tensors)  # one on "meta" brings the others here
-        if results is None:
-            return fits
+        if any(x.device != tensors[0].device for x in tensors):  # one on "meta" brings the others here
+            return refused
         try:
-            return results(*args) if fits else (None, None)
+            return True if results is None else results(*args)
         except (IndexError, ValueError):  # a wrong number of dimensions
-            return None, None
+            return refused
 
     stem, _, overload = name.partition(".")
     full = f"{stem}_{backend}" + (f".{overload}" if overload else "")
@@ -87,15 +93,83 @@ def merge_states_results(out_a: Tensor, lse_a: Tensor, *unused: Tensor) -> tuple
     return torch.empty_like(out_a), torch.empty_like(lse_a)
 
 
+def prompt_concat_results(
+    tokens: Tensor,
+    table: Tensor | None,
+    prompt: Tensor,
+    prompt_offsets: Tensor | None,
+    prompt_index: Tensor | None,
+    own_start: Tensor | None,
+    prompt_length: int | None,
+    scale: float | None,
+    prompt_scale: float | None,
+    left: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Memory for the result of a call."""
+    packed, width = prompt.shape
+    slots: Any = packed if prompt_length is None else prompt_length
+    if prompt_length is None and prompt_offsets is not None:  # only their values know it
+        slots = torch.library.get_ctx().new_dynamic_size()
+    dtype = (tokens if table is None else table).dtype if out_dtype is None else out_dtype
+    return prompt.new_empty(tokens.shape[0], slots + tokens.shape[1], width, dtype=dtype)
+
+
+def prompt_concat(
+    extension: ModuleType,
+    op: Any,
+    tokens: Tensor,
+    table: Tensor | None,
+    prompt: Tensor,
+    prompt_offsets: Tensor | None,
+    prompt_index: Tensor | None,
+    own_start: Tensor | None,
+    prompt_length: int,
+    scale: float,
+    prompt_scale: float,
+    out_dtype: torch.dtype,
+    left: bool,
+) -> Tensor:
+    """A backend's `forward`, by its op ``prompt_concat.out``."""
+    rows = dense(prompt_offsets, prompt_index, own_start)
+    args: Any = (tokens, table, prompt, *rows, prompt_length, scale, prompt_scale, left, out_dtype)
+    out = prompt_concat_results(*args)
+    served(extension, op(*args[:-1], out=out))
+    return out
+
+
+def prompt_concat_backward(
+    extension: ModuleType,
+    op: Any,
+    grad_out: Tensor,
+    tokens: Tensor,
+    prompt: Tensor,
+    prompt_offsets: Tensor | None,
+    prompt_index: Tensor | None,
+    own_start: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """A backend's `backward`, by its op: gradients of prompt, summed over the rows, and of tokens where they are
+    embeddings."""
+    grads = prompt.new_empty(prompt.shape), tokens.new_empty(tokens.shape) if tokens.is_floating_point() else None
+    rows = dense(prompt_offsets, prompt_index, own_start)
+    served(extension, op(grad_out, tokens, None, prompt, *rows, *options, *grads))
+    return grads
+
+
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors of one number a row or a prompt: small enough to copy where they are apart in memory."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
 def served(extension: ModuleType, done: bool) -> None:
-    """Where the extension's op, whose result was `done`, refused its call, say why.
+    """Where the extension's op, whose result was `done`, refused its call, raise why.
 
     Raises:
-        ValueError: its arguments. RuntimeError: something else failed.
+        ValueError, IndexError: its arguments. RuntimeError: something else failed.
     """
     if not done:
-        why, failed = extension.refusal()
-        raise RuntimeError(why) if failed else ValueError(why)
+        extension.raise_refusal()
 
 
 @cache

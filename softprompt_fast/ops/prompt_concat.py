@@ -69,19 +69,12 @@ def prompt_concat(
         ValueError: a shape, dtype, device or option does not fit. Values of index tensors are checked on the CPU only.
         BackendError: the backend asked for cannot serve this call.
     """
-    args = prologue(
-        tokens,
-        table,
-        prompt,
-        prompt_offsets,
-        prompt_index,
-        own_start,
-        prompt_length,
-        scale,
-        prompt_scale,
-        out_dtype,
-        padding_side,
-    )
+    left = padded_left(padding_side)
+    given = (tokens, table, prompt, prompt_offsets, prompt_index, own_start, prompt_length, scale, prompt_scale)
+    direct = BACKENDS.direct(backend, *given, left, out_dtype)
+    if direct is not None:
+        return direct
+    args = prologue(*given, out_dtype, left)
     name = BACKENDS.select(backend, args)
     if name == "reference":
         check_values(*args)
@@ -127,6 +120,12 @@ def prompt_layout(
     return mask.to(torch.int64), place.clamp(min=0)
 
 
+def padded_left(padding_side: str) -> bool:
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side: expected 'left' or 'right', found {padding_side!r}")
+    return padding_side == "left"
+
+
 def prologue(
     tokens: Tensor,
     table: Tensor | None,
@@ -138,7 +137,7 @@ def prologue(
     scale: float | None,
     prompt_scale: float | None,
     out_dtype: torch.dtype | None,
-    padding_side: str,
+    left: bool,
 ) -> tuple[Any, ...]:
     """Check the arguments and fill in the defaults: what prompt_concat and prompt_qkv hand to a backend."""
     ids = not tokens.is_floating_point()
@@ -164,8 +163,6 @@ def prologue(
     check_index("prompt_offsets", prompt_offsets, None, device)
     check_index("prompt_index", prompt_index, tokens.shape[0], device)
     check_index("own_start", own_start, tokens.shape[0], device)
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side: expected 'left' or 'right', found {padding_side!r}")
     if out_dtype is None:
         out_dtype = tokens.dtype if table is None else table.dtype
     if not out_dtype.is_floating_point:
@@ -181,7 +178,7 @@ def prologue(
         1.0 if scale is None else float(scale),
         1.0 if prompt_scale is None else float(prompt_scale),
         out_dtype,
-        padding_side == "left",
+        left,
     )
 
 

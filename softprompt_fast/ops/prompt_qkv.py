@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt_fast.backends._registry import Backends
 from softprompt_fast.ops._checks import describe
 from softprompt_fast.ops._library import autograd, call, define
-from softprompt_fast.ops.prompt_concat import check_values, prologue
+from softprompt_fast.ops.prompt_concat import check_values, padded_left, prologue
 from softprompt_fast.reference.prompt_qkv import prompt_qkv as reference
 
 __all__ = ["prompt_qkv"]
@@ -105,7 +105,7 @@ def prompt_qkv(
         width, length = tokens.shape[2], tokens.shape[1]
     else:
         concat = (tokens, table, prompt, prompt_offsets, prompt_index, own_start)
-        start = prologue(*concat, prompt_length, scale, prompt_scale, out_dtype, padding_side)
+        start = prologue(*concat, prompt_length, scale, prompt_scale, out_dtype, padded_left(padding_side))
         width, length = prompt.shape[1], start[6] + tokens.shape[1]
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)

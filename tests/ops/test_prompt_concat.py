@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import pairwise, product
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,16 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt_fast import ops
+from softprompt_fast.backends import native_ops
 from softprompt_fast.backends._registry import BackendError
+from softprompt_fast.backends.native import load, load_cuda
 from softprompt_fast.reference.prompt_concat import prompt_concat as reference
 from softprompt_fast.testing import assert_within_noise, guarded, poisoned_memory
-from tests.device import cpu_only
+from tests.device import ON_GPU, cpu_only
 from tests.isas import BACKENDS, CPU, CUDA, EVERY, TRITON, using
 
 # ``ops.prompt_concat`` is the function; this is its module.
 ops_module = sys.modules["softprompt_fast.ops.prompt_concat"]
 
 VOCABULARY, WIDTH = 11, 6
+IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULARY, WIDTH), torch.zeros(5, WIDTH)
+EMBEDS = torch.zeros(3, 9, WIDTH)
+ROWS = ("prompt_offsets", "prompt_index", "own_start")
 PACKED = {"prompt_offsets": [0, 2, 2, 5], "prompt_index": [2, -1, 0]}
 CASES: dict[str, dict] = {
     "plain": {},
@@ -50,6 +56,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=CPU)
 def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[*CPU, *CUDA])
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those whose op is C++."""
     with using(request.param) as name:
         yield name
 
@@ -426,30 +439,132 @@ def test_the_kernel_itself_reports_the_first_wrong_id(threads: int, cpu: str) ->
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_op_in_cpp_alone_gives_the_same(name: str, ids: bool, native: str) -> None:
+    """As it is called first where no gradient is wanted, and as the op calls it with memory for the result."""
+    inputs, options = make(name, ids=ids)
+    with poisoned_memory():
+        want = run(inputs, options, native)
+    assert torch.equal(run(inputs, options, native), want)
+    rows = [options.get(k) for k in ("prompt_offsets", "prompt_index", "own_start", "prompt_length")]
+    rest = (options.get("scale"), options.get("prompt_scale"), options.get("padding_side", "left") == "left", None)
+    found = ops_module.BACKENDS[native].NATIVE(*inputs, *rows, *rest)
+    if ON_GPU and rows[0] is not None and rows[3] is None:  # a length that only the device knows
+        assert found is None
+    else:
+        assert found.is_contiguous() and torch.equal(found, want)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeds"])
+def test_opcheck_of_the_ops_in_cpp(ids: bool, native: str) -> None:
+    inputs, options = make("packed left", ids=ids)
+    args = [*inputs, *(options[k] for k in ("prompt_offsets", "prompt_index", "own_start")), 3, None, 0.5, True]
+    module, checks = ops_module.BACKENDS[native], ("test_schema", "test_faketensor")  # they have no gradient
+    for dtype in (None, torch.bfloat16):
+        assert module.NATIVE(*args, dtype) is not None
+        torch.library.opcheck(module.NATIVE, (*args, dtype), test_utils=checks)
+    torch.library.opcheck(module._OUT, args, {"out": torch.empty(3, 7, WIDTH)}, test_utils=checks)
+    grad_tokens = None if ids else torch.empty(3, 4, WIDTH)
+    args[1] = None
+    args = [torch.randn(3, 7, WIDTH), *args, torch.empty(5, WIDTH), grad_tokens]
+    torch.library.opcheck(module._BACKWARD, args, test_utils=checks)
+
+
+@cpu_only
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_offsets": torch.tensor([0, 6])}, "prompt_offsets: expected rising .* 0..5, found 0 and 6 in"),
-        ({"prompt_offsets": torch.tensor([-1, 2])}, "prompt_offsets: expected rising .* 0..5, found -1 and 2 in"),
-        ({"prompt_offsets": torch.tensor([0, 3, 2])}, "prompt_offsets: expected rising .* 0..5, found 3 and 2 in"),
-        ({"prompt_offsets": torch.tensor([0])}, "prompt_offsets: expected at least 2 values, found 1"),
+        ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: expected int64 \[B, S\] or floating \[B, S, H\]"),
+        ({"tokens": torch.zeros(3, 4, dtype=torch.int32)}, r"tokens: expected int64 .*, found int32 \[3, 4\] on cpu"),
+        ({"prompt": torch.zeros(1, 5, 6)}, r"prompt: expected \[L, H\] .*, found float32 \[1, 5, 6\]"),
+        ({"prompt_offsets": torch.tensor([0])}, r"prompt_offsets: expected \[N \+ 1\], found int64 \[1\]"),
+        ({"prompt_offsets": torch.tensor([0, 6])}, "prompt_offsets: expected .* 0..5, found 6 in place 1 behind 0"),
+        ({"prompt_offsets": torch.tensor([-1, 2])}, "prompt_offsets: expected rising .* 0..5, found -1 in place 0"),
+        ({"prompt_offsets": torch.tensor([0, 3, 2])}, "prompt_offsets: expected .* found 2 in place 2 behind 3"),
+        ({"prompt_offsets": torch.tensor([0.0, 5.0])}, "prompt_offsets: expected int32 or int64"),
         ({"prompt_index": torch.tensor([0, 1, 0])}, r"prompt_index: expected values within -1..0, found 1 in row 1"),
-        ({"prompt_index": torch.tensor([0])}, "prompt_index: expected 3 values, found 1"),
+        ({"prompt_index": torch.tensor([0, -2, 0])}, r"prompt_index: expected values within -1..0, found -2 in row 1"),
+        ({"prompt_index": torch.tensor([0])}, r"prompt_index: expected int32 or int64 \[3\] .*, found int64 \[1\]"),
         ({"own_start": torch.tensor([0, 0, 5])}, r"own_start: expected values within 0..4, found 5 in row 2"),
-        ({"prompt_length": 4}, "prompt_length: expected at least 5 for row 0, found 4"),
+        ({"own_start": torch.tensor([0, 0, -1])}, r"own_start: expected values within 0..4, found -1 in row 2"),
+        ({"prompt_length": 4}, "prompt_length: expected at least 5, found 4"),
+        ({"prompt_length": -1}, "prompt_length: expected at least 5, found -1"),
+        ({"prompt_length": 2**62}, "prompt_length: expected at least 5, found"),
+        ({"prompt_length": 2**39}, r"expected rows of at most 2\^40 numbers, found"),
+        ({"prompt_length": 2, "prompt_offsets": torch.tensor([0, 3, 5])}, "prompt_length: .* at least 3, found 2"),
     ],
 )  # fmt: skip
-def test_the_kernel_itself_checks_what_it_would_follow(change: dict, message: str, cpu: str) -> None:
-    """While a graph is traced the op has no values to check."""
-    rows = {"prompt_offsets": None, "prompt_index": None, "own_start": None, "prompt_length": 5, **change}
-    module = ops_module.BACKENDS[cpu]
+def test_the_op_in_cpp_checks_what_it_is_given(change: dict, message: str, native: str) -> None:
+    """The op's own checks come behind it, or know no values while a graph is traced."""
+    call = {"tokens": IDS, "table": TABLE, "prompt": PROMPT} | dict.fromkeys(ROWS)
+    call |= {"prompt_length": 5, "scale": None, "prompt_scale": 1.0, "left": True}
+    module, tail = ops_module.BACKENDS[native], {"grad": torch.zeros(3, 9, WIDTH), "of": torch.empty(5, WIDTH)}
+    assert module.NATIVE(*call.values(), None) is not None
+    assert module._BACKWARD(tail["grad"], *(call | {"table": None}).values(), tail["of"], None)
+    call |= change
+    assert module.NATIVE(*call.values(), None) is None
     with pytest.raises(ValueError, match=message):
-        module.forward(IDS, TABLE, PROMPT, *rows.values(), 1.0, 1.0, torch.float32, True)
+        native_ops.served(extension(native), False)
+    assert not module._BACKWARD(tail["grad"], *(call | {"table": None}).values(), tail["of"], None)
     with pytest.raises(ValueError, match=message):
-        module.backward(torch.zeros(3, 9, WIDTH), IDS, PROMPT, *rows.values(), 1.0, 1.0, True)
+        native_ops.served(extension(native), False)
 
 
-IDS, TABLE, PROMPT = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(VOCABULARY, WIDTH), torch.zeros(5, WIDTH)
+@cpu_only
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": None}, r"table: expected one beside int64 \[3, 4\] on cpu"),
+        ({"tokens": torch.zeros(3, 4, 6)}, r"table: expected None beside float32 \[3, 4, 6\] on cpu"),
+        ({"tokens": torch.zeros(3, 4, 7), "table": None}, r"tokens: does not fit .*, found float32 \[3, 4, 7\]"),
+        ({"table": torch.zeros(VOCABULARY, 7)}, r"table: does not fit the others, found float32 \[11, 7\]"),
+        ({"table": torch.zeros(())}, r"table: does not fit the others, found float32 \[\]"),
+        ({"table": TABLE.double()}, "table: no kernel reads another dtype"),
+        ({"tokens": EMBEDS, "table": None, "prompt": None, "prompt_length": 0}, "prompt: .* found None"),
+        ({"prompt": PROMPT.to(torch.int8)}, "prompt: no kernel reads int8"),
+        ({"out": torch.empty(3, 9, 7)}, r"out: does not fit the others, found float32 \[3, 9, 7\]"),
+        ({"out": torch.empty(3, 9, WIDTH).double()}, "out: no kernel reads another dtype"),
+        ({"out": torch.empty(3, 9, 2 * WIDTH)[..., ::2]}, r"out: expected a dense tensor, found float32 \[3, 9, 6\]"),
+    ],
+)  # fmt: skip
+def test_the_op_in_cpp_checks_its_tensors(change: dict, message: str, native: str) -> None:
+    call: dict = {"tokens": IDS, "table": TABLE, "prompt": PROMPT, **dict.fromkeys(ROWS), "prompt_length": 5}
+    call |= {"scale": None, "prompt_scale": None, "left": True, "out": torch.empty(3, 9, WIDTH)}
+    module = ops_module.BACKENDS[native]
+    for changed in ({}, change):
+        *args, out = (call | changed).values()
+        assert module._OUT(*args, out=out) is (not changed)
+    with pytest.raises(ValueError, match=message):
+        native_ops.served(extension(native), False)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_out": torch.zeros(3, 8, WIDTH)}, r"grad_out: does not fit the others, found float32 \[3, 8, 6\]"),
+        ({"grad_out": torch.zeros(3, 9, WIDTH).double()}, "grad_out: no kernel reads another dtype"),
+        ({"grad_prompt": torch.empty(4, WIDTH)}, r"grad_prompt: does not fit the others, found float32 \[4, 6\]"),
+        ({"grad_prompt": torch.empty(WIDTH, 5).t()}, "grad_prompt: expected a dense tensor"),
+        ({"grad_tokens": torch.empty(3, 4)}, r"grad_tokens: does not fit the others, found float32 \[3, 4\]"),
+        ({"grad_tokens": torch.empty(4, 3, WIDTH).transpose(0, 1)}, "grad_tokens: expected a dense tensor"),
+    ],
+)  # fmt: skip
+def test_the_gradient_in_cpp_checks_its_tensors(change: dict, message: str, native: str) -> None:
+    rows = (None, None, None, 5, None, None, True)
+    call = {"grad_out": torch.zeros(3, 9, WIDTH), "grad_prompt": torch.empty(5, WIDTH)}
+    call |= {"grad_tokens": torch.empty(3, 4, WIDTH)}
+    module, tokens = ops_module.BACKENDS[native], torch.zeros(3, 4, WIDTH)
+    for changed in ({}, change):
+        grad_out, *grads = (call | changed).values()
+        assert module._BACKWARD(grad_out, tokens, None, PROMPT, *rows, *grads) is (not changed)
+    with pytest.raises(ValueError, match=message):
+        native_ops.served(extension(native), False)
+
+
+def extension(backend: str) -> ModuleType:
+    return (load() if backend == "cpu" else load_cuda())[0]
 
 
 @pytest.mark.parametrize(

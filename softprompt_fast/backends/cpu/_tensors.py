@@ -53,9 +53,5 @@ def indexes(x: Tensor | None) -> tuple[int, int, bool] | None:
     return None if x is None else (x.data_ptr(), x.shape[0], x.dtype == torch.int64)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def as_float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()

@@ -51,9 +51,9 @@ def forward(
     out, lse = results(query, key, value)
     done = _OUT(
         *(query, key, value, prefix_key, prefix_value),
-        *map(_tensors.dense, (prefix_offsets, prefix_index, own_start, own_end, query_start)),
+        *native_ops.dense(prefix_offsets, prefix_index, own_start, own_end, query_start),
         *(scale, causal, sliding_window, softcap, _tensors.as_float(sinks), bias),
-        *(_tensors.dense(prefix_key_scale), _tensors.dense(prefix_value_scale), prefix_scale_block, None),
+        *(*native_ops.dense(prefix_key_scale, prefix_value_scale), prefix_scale_block, None),
         out=out,
         lse=lse,
     )
@@ -93,7 +93,7 @@ def backward(
     delta = None if sinks is None else torch.empty_like(lse)
     done = _BACKWARD(
         *(grad_out, grad_lse, query, key, value, prefix_key, prefix_value),
-        *map(_tensors.dense, (prefix_offsets, prefix_index, own_start, own_end, query_start)),
+        *native_ops.dense(prefix_offsets, prefix_index, own_start, own_end, query_start),
         *(scale, causal, sliding_window, softcap, None, bias),  # the sinks are in lse
         *(None, None, None, None, out, lse, *grads, delta),
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tensors reach the CUDA kernels, and when none can: the one place that asks what is built and which GPU is here.
+"""Which tensors the CUDA kernels take, and when none: the one place that asks what is built and which GPU is here.
 
-The kernels take pointers, strides and a stream, and link against no torch. Where SOFTPROMPT_FAST_CUDA_EMULATED names
-their emulated build they run on CPU tensors, which is how tests see them without a GPU.
+Where SOFTPROMPT_FAST_CUDA_EMULATED names their emulated build they run on CPU tensors, which is how tests see them
+without a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from softprompt_fast.backends import native, native_ops
 
-#: Codes of ``csrc/tensor.h``.
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,32 +47,6 @@ def refusals(*tensors: Tensor | None) -> list[str]:
         major, minor = _capability(device.index or 0)
         why.append(f"it needs compute capability 8.0, {device} has {major}.{minor}")
     return why
-
-
-def queue(x: Tensor) -> tuple[int, int]:
-    """The device of a tensor and its current stream there: where a call's kernels go."""
-    if EMULATED:
-        return 0, 0
-    index = x.get_device()
-    return index, torch._C._cuda_getCurrentRawStream(index)
-
-
-def view(x: Tensor, dimensions: int) -> tuple[int, ...]:
-    """Pointer, dtype code and strides, with further dimensions of size 1 in front."""
-    strides = x.stride()
-    if len(strides) < dimensions:
-        strides = (*(0,) * (dimensions - len(strides)), *strides)
-    return (x.data_ptr(), CODES[x.dtype], *strides)
-
-
-def indexes(x: Tensor | None) -> tuple[int, int, bool] | None:
-    """Pointer, length and whether the values are int64. The caller keeps `x` alive, and has made it dense."""
-    return None if x is None else (x.data_ptr(), x.shape[0], x.dtype == torch.int64)
-
-
-def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of one number a row or a prompt: small enough to copy where they are apart in memory."""
-    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 @cache

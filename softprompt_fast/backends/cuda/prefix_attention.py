@@ -82,7 +82,7 @@ def forward(
         return triton.forward(*tensors, *rows, *options, *quantized, max_prefix_length)
     out, lse = results(query, key, value)
     done = _OUT(
-        *(*tensors, *_runtime.dense(*rows), scale, causal, sliding_window, softcap, sinks, bias),
+        *(*tensors, *native_ops.dense(*rows), scale, causal, sliding_window, softcap, sinks, bias),
         *(prefix_key_scale, prefix_value_scale, prefix_scale_block, max_prefix_length),
         out=out,
         lse=lse,

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt_fast.backends import native_ops
 from softprompt_fast.backends.cuda import _runtime
-from softprompt_fast.backends.cuda._runtime import indexes, view
+from softprompt_fast.backends.native_ops import prompt_concat_results as results
 
-_cuda = _runtime._cuda
+NATIVE = native_ops.op("prompt_concat", "cuda", results)
+_OUT = native_ops.op("prompt_concat.out", "cuda")
+_BACKWARD = native_ops.op("prompt_concat_backward", "cuda")
 
 
 def reasons(*args: Any) -> list[str]:
@@ -25,66 +28,9 @@ def reasons(*args: Any) -> list[str]:
     return why
 
 
-def forward(
-    tokens: Tensor,
-    table: Tensor | None,
-    prompt: Tensor,
-    prompt_offsets: Tensor | None,
-    prompt_index: Tensor | None,
-    own_start: Tensor | None,
-    prompt_length: int,
-    scale: float,
-    prompt_scale: float,
-    out_dtype: torch.dtype,
-    left: bool,
-) -> Tensor:
-    batch, own = tokens.shape[:2]
-    packed, width = prompt.shape
-    out = prompt.new_empty(batch, prompt_length + own, width, dtype=out_dtype)
-    if out.numel() == 0:
-        return out
-    rows = _runtime.dense(prompt_offsets, prompt_index, own_start)
-    _cuda.prompt_concat(
-        None if table is None else (tokens.data_ptr(), *tokens.stride()),
-        view(tokens, 3) if table is None else None,
-        None if table is None else view(table, 2),
-        view(prompt, 2),
-        view(out, 3),
-        (batch, own, packed, prompt_length, width, 0 if table is None else table.shape[0]),
-        tuple(indexes(x) for x in rows),
-        scale,
-        prompt_scale,
-        left,
-        _runtime.queue(prompt),
-    )
-    return out
+def forward(*args: Any) -> Tensor:
+    return native_ops.prompt_concat(_runtime._cuda, _OUT, *args)
 
 
-def backward(
-    grad_out: Tensor,
-    tokens: Tensor,
-    prompt: Tensor,
-    prompt_offsets: Tensor | None,
-    prompt_index: Tensor | None,
-    own_start: Tensor | None,
-    prompt_length: int,
-    scale: float,
-    prompt_scale: float,
-    left: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of prompt, summed over the rows, and of tokens where they are embeddings."""
-    grad_prompt = prompt.new_empty(prompt.shape)
-    grad_tokens = tokens.new_empty(tokens.shape) if tokens.is_floating_point() else None
-    rows = _runtime.dense(prompt_offsets, prompt_index, own_start)
-    _cuda.prompt_concat_backward(
-        view(grad_out, 3),
-        view(grad_prompt, 2),
-        None if grad_tokens is None else view(grad_tokens, 3),
-        (*tokens.shape[:2], prompt.shape[0], prompt_length, prompt.shape[1]),
-        tuple(indexes(x) for x in rows),
-        scale,
-        prompt_scale,
-        left,
-        _runtime.queue(prompt),
-    )
-    return grad_prompt, grad_tokens
+def backward(*args: Any) -> tuple[Tensor, Tensor | None]:
+    return native_ops.prompt_concat_backward(_runtime._cuda, _BACKWARD, *args)

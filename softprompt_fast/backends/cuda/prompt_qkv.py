@@ -123,10 +123,10 @@ def into_cache(
     of which the S places from there on are written: which they are is read on the device. Too few are a device-side
     assertion."""
     done = _OP(
-        *(tokens, table, prompt, *_runtime.dense(prompt_offsets, prompt_index, own_start)),
+        *(tokens, table, prompt, *native_ops.dense(prompt_offsets, prompt_index, own_start)),
         *(prompt_length, scale, prompt_scale, left, *weights),
-        *((None, None, None) if biases is None else _runtime.dense(*biases)),
-        *(q_heads, kv_heads, KINDS[norm], *_runtime.dense(norm_weight, norm_bias), norm_offset, eps),
+        *((None, None, None) if biases is None else native_ops.dense(*biases)),
+        *(q_heads, kv_heads, KINDS[norm], *native_ops.dense(norm_weight, norm_bias), norm_offset, eps),
         *(cos, sin, interleaved, start, query, key, value, residual),
     )
     native_ops.served(_runtime._cuda, done)
