@@ -219,18 +219,26 @@ def decode(device: torch.device, smoke: bool) -> Iterator[Case]:
         yield case
 
 
-SETTINGS = {"SOFTPROMPT_FAST_CUDA_TILE": "tiles of", "SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "prefix blocks"}
+#: What a setting changes, and the rows and keys (B, P, T) where it might.
+MANY = ((64, 256, 128), (64, 1024, 128), (64, 8192, 128))
+FEW = ((1, 128, 64), (4, 128, 64), (16, 128, 128))
+SETTINGS = {
+    "SOFTPROMPT_FAST_CUDA_TILE": ("tiles of", MANY),
+    "SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": ("prefix blocks", MANY),
+    "SOFTPROMPT_FAST_CUDA_TOGETHER": ("together up to", FEW),
+}
 
 
 def settings(device: torch.device, smoke: bool) -> Iterator[Case]:
     """The CUDA kernel with other choices than its own, which a process reads once from its environment."""
-    chosen = [f"{what} {os.environ[name]}" for name, what in SETTINGS.items() if name in os.environ]
-    for prefix in (256, 1024, 8192):
-        s = Sizes(3, 1, 8, prefix // 128, 4, 2, 16) if smoke else Sizes(64, 1, 128, prefix)
+    given = [name for name in SETTINGS if name in os.environ]
+    chosen = [f"{SETTINGS[name][0]} {os.environ[name]}" for name in given]
+    for batch, prefix, own in SETTINGS[given[0]][1] if given else (*MANY, *FEW):
+        s = Sizes(min(batch, 3), 1, own // 16, prefix // 128, 4, 2, 16) if smoke else Sizes(batch, 1, own, prefix)
         case = decode_case(s, device)
         case.name = ", ".join((f"decode {s}", *chosen))
         case.systems = {name: case.systems[name] for name in ("ours", "Triton")}
-        case.bars = [Bar("times its floor", over_floor, at_most=1.25)]
+        case.bars = [Bar("times its floor", over_floor, at_most=1.25)] if batch == 64 else []
         yield case
 
 

@@ -49,6 +49,40 @@ LARGER: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Few rows with few keys: one item has a row's own keys and then its prefix. 8 blocks run at a time, so up to 4 items.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "one prompt": {"batch": 2, "q_heads": 8, "kv_heads": 2, "queries": 1, "own": 64, "prefix": 128},
+    "more own keys than prefix": {"batch": 1, "q_heads": 4, "kv_heads": 2, "queries": 3, "own": 130, "prefix": 33},
+    "no own keys": {"batch": 3, "q_heads": 2, "kv_heads": 1, "queries": 1, "own": 0, "prefix": 150, "causal": False},
+    "one of each": {"batch": 2, "queries": 1, "own": 1, "prefix": 1, "sinks": True},
+    "prompts, a row without": {
+        "batch": 4, "q_heads": 3, "kv_heads": 1, "queries": 2, "own": 70, "prefix": 128, "softcap": 3.0,
+        "prefix_offsets": [1, 66, 66, 127], "prefix_index": [2, -1, 0, 1], "sinks": True,
+    },
+    "window across": {
+        "batch": 3, "q_heads": 3, "kv_heads": 1, "queries": 4, "own": 70, "prefix": 100, "sliding_window": 81,
+        "own_start": [0, 11, 69],
+    },
+    "window that ends before the prefix": {
+        "batch": 2, "q_heads": 2, "kv_heads": 1, "queries": 2, "own": 40, "prefix": 100, "sliding_window": 20,
+    },
+    "own ranges": {
+        "batch": 3, "q_heads": 2, "kv_heads": 1, "queries": 2, "own": 130, "prefix": 64, "query_start": [3, 77, 0],
+        "own_start": [0, 30, 5], "own_end": [5, 79, 5],
+    },
+    "a large tile": {
+        "batch": 3, "q_heads": 9, "kv_heads": 1, "queries": 8, "own": 70, "prefix": 75, "sinks": True,
+        "prefix_offsets": [0, 10, 75], "prefix_index": [1, -1, 0],
+    },
+    "two large tiles": {
+        "batch": 2, "q_heads": 10, "kv_heads": 1, "queries": 16, "own": 20, "prefix": 90, "sliding_window": 60,
+    },
+    "an arena": {
+        "batch": 2, "q_heads": 4, "kv_heads": 1, "queries": 1, "own": 30, "prefix": 900,
+        "prefix_offsets": [5, 85, 700, 890], "prefix_index": [0, 2], "max_prefix_length": 190,
+    },
+}  # fmt: skip
+
 
 def run(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     with poisoned_memory(), choosing(stack_queries=True):
@@ -70,11 +104,50 @@ def test_larger(name: str, head_dim: int) -> None:
     check(run(inputs), inputs.to(torch.float64), inputs)
 
 
-@pytest.mark.parametrize(("name", "value"), [("TILE", "64"), ("TILE", "16"), ("PREFIX_BLOCKS", "7")])
-def test_settings_of_measurements(name: str, value: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_together(name: str, dtype: torch.dtype) -> None:
+    """And so without a workspace."""
+    inputs = attention_inputs(dtype=dtype, **TOGETHER[name])
+    check(run(inputs), inputs.to(torch.float64), inputs)
+    assert _runtime._cuda.last_workspace() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [({}, False), ({"own": 129}, True), ({"prefix": 193}, True), ({"batch": 5}, True), ({"prefix": 0}, False)],
+    ids=str,
+)
+def test_what_is_together(change: dict[str, int], apart: bool) -> None:
+    """Up to four blocks of 64 keys, where two items a row have places on the emulated device's 8."""
+    sizes = {"batch": 4, "own": 128, "prefix": 128, **change}
+    given = (sizes["batch"], 2, 1, 1, sizes["own"], sizes["prefix"], 16, 16, 1, sizes["prefix"])
+    device = torch.cuda.current_device() if ON_GPU else 0
+    asked = _runtime._cuda.prefix_attention_workspace(given, False, False, device)
+    if not ON_GPU or "batch" not in change:
+        assert bool(asked) == apart
+
+
+def test_8_bit_prefixes_are_never_together() -> None:
+    inputs = attention_inputs(dtype=torch.bfloat16, **TOGETHER["one prompt"])
+    run(quantized(inputs, torch.int8, 8)[0])
+    assert _runtime._cuda.last_workspace() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "tests"),
+    [
+        ("TILE", "64", "test_larger"),
+        ("TILE", "16", "test_larger"),
+        ("PREFIX_BLOCKS", "7", "test_larger"),
+        ("TOGETHER", "0", "test_forward"),
+        ("TOGETHER", "9", "test_forward"),
+    ],
+)
+def test_settings_of_measurements(name: str, value: str, tests: str) -> None:
     """What a GPU may turn out to do better with: read once, so in a process of its own."""
-    named = f"{Path(__file__).name}::test_larger"
-    code = f"import pytest; raise SystemExit(pytest.main(['tests/{named}', '-q', '-n', '0', '-k', '64']))"
+    named, some = f"{Path(__file__).name}::{tests}", {"test_larger": "64", "test_forward": "bfloat16"}[tests]
+    code = f"import pytest; raise SystemExit(pytest.main(['tests/{named}', '-q', '-n', '0', '-k', '{some}']))"
     done = python(code, **{f"SOFTPROMPT_FAST_CUDA_{name}": value})
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -87,6 +160,8 @@ def test_settings_that_no_kernel_has() -> None:
         assert f"CUDA_TILE: expected a multiple of 16 up to 128, found {tile}" in done.stderr
     done = python(code, SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS="0")
     assert "CUDA_PREFIX_BLOCKS: expected a multiple of 1 up to" in done.stderr
+    done = python(code, SOFTPROMPT_FAST_CUDA_TOGETHER="-1")
+    assert "CUDA_TOGETHER: expected a multiple of 1 up to" in done.stderr
 
 
 def test_prefix_blocks_decide_how_many_shares_there_are() -> None:
@@ -245,10 +320,10 @@ def test_wide_heads_on_a_small_gpu_are_tritons(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("hint", [0, 33, 10**6])
-@pytest.mark.parametrize("name", ["gaps between prompts", "every split"])
+@pytest.mark.parametrize("name", ["gaps between prompts", "every split", "an arena"])
 def test_a_hint_changes_no_result(name: str, hint: int) -> None:
     """However wrong it is."""
-    inputs = attention_inputs(dtype=torch.bfloat16, **LARGER[name])
+    inputs = attention_inputs(dtype=torch.bfloat16, **{**LARGER, **TOGETHER}[name])
     hinted = AttentionInputs(*inputs.tensors, {**inputs.options, "max_prefix_length": hint})
     check(run(hinted), inputs.to(torch.float64), inputs)
 
@@ -256,13 +331,13 @@ def test_a_hint_changes_no_result(name: str, hint: int) -> None:
 def test_free_room_of_an_arena_takes_no_workspace() -> None:
     """Short prefixes far apart: as many shares as their own length asks for, and the same bits as side by side."""
     dense = attention_inputs(
-        batch=3, q_heads=2, kv_heads=1, queries=1, own=3, prefix=150, prefix_offsets=[0, 20, 150],
-        prefix_index=[0, 1, 0], dtype=torch.bfloat16,
+        batch=5, q_heads=2, kv_heads=1, queries=1, own=3, prefix=150, prefix_offsets=[0, 20, 150],
+        prefix_index=[0, 1, 0, 0, 0], dtype=torch.bfloat16,
     )  # fmt: skip
     pairs = [torch.full((1, 5000, 16), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
     for pack, x in zip(pairs, dense.tensors[3:], strict=True):
         pack[:, 7:27], pack[:, 4000:4130] = x[:, :20], x[:, 20:]
-    places = {"prefix_offsets": torch.tensor([7, 27, 4000, 4130]), "prefix_index": torch.tensor([0, 2, 0])}
+    places = {"prefix_offsets": torch.tensor([7, 27, 4000, 4130]), "prefix_index": torch.tensor([0, 2, 0, 0, 0])}
     found, asked = [], []
     for hint in (130, None):
         options = {**dense.options, **places, "max_prefix_length": hint}

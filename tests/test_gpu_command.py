@@ -217,10 +217,10 @@ def test_the_summary_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_settings_are_read_by_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = command(tmp_path, "--stages", "tiles-of-64", "192-prefix-blocks")
+    done = command(tmp_path, "--stages", "tiles-of-64", "192-prefix-blocks", "never-together")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [row["case"].partition(", ")[2] for row in rows_in(tmp_path, "settings")]
-    assert names == ["tiles of 64"] * 3 + ["prefix blocks 192"] * 3
+    assert names == ["tiles of 64"] * 3 + ["prefix blocks 192"] * 3 + ["together up to 0"] * 3
 
 
 def test_what_there_was_no_time_for_is_said(tmp_path: Path) -> None:

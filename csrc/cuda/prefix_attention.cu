@@ -42,13 +42,13 @@ int resident(int head_dim, int device) {
   return processors(device) * (two ? 2 : 1);
 }
 
-// A number that measurements set by an environment variable: a multiple of `step` up to `most`, and
-// `standard` where it is not set. Read once, for plans are kept by whoever asked for their
-// workspace.
-int setting(const char* name, int standard, int step, int most) {
+// A number that measurements set by an environment variable: a multiple of `step` from `fewest` to
+// `most`, and `standard` where it is not set. Read once, for plans are kept by whoever asked for
+// their workspace.
+int setting(const char* name, int standard, int step, int fewest, int most) {
   const char* given = getenv(name);
   const int found = given == nullptr ? standard : atoi(given);
-  if (given != nullptr && (found < step || found % step != 0 || found > most)) {
+  if (given != nullptr && (found < fewest || found % step != 0 || found > most)) {
     throw std::invalid_argument(
         concat(name, ": expected a multiple of ", step, " up to ", most, ", found ", given));
   }
@@ -58,13 +58,20 @@ int setting(const char* name, int standard, int step, int most) {
 // Stacked queries of a large tile.
 int wanted_tile() {
   constexpr int kMost = decode_tile(kSmallTile);
-  static const int tile = setting("SOFTPROMPT_FAST_CUDA_TILE", kMost, kSmallTile, kMost);
+  static const int tile =
+      setting("SOFTPROMPT_FAST_CUDA_TILE", kMost, kSmallTile, kSmallTile, kMost);
   return tile;
 }
 
 // Blocks for prefixes beside own items that fill the device; 0: the plan's choice.
 int wanted_blocks() {
-  static const int blocks = setting("SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS", 0, 1, 1 << 20);
+  static const int blocks = setting("SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS", 0, 1, 1, 1 << 20);
+  return blocks;
+}
+
+// Key blocks up to which a row's own keys and its prefix are one item's; 0: they never are.
+int wanted_together() {
+  static const int blocks = setting("SOFTPROMPT_FAST_CUDA_TOGETHER", kTogether, 1, 0, 1 << 20);
   return blocks;
 }
 
@@ -80,7 +87,8 @@ int64_t shared_of_prefix_attention(int head_dim, int v_dim) {
 DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_dim, int device) {
   const int padded = padded_head_dim(most(head_dim, v_dim));
   const int tile = (int)least(decode_tile(padded), wanted_tile());
-  return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1), wanted_blocks());
+  return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1), wanted_blocks(),
+                     wanted_together());
 }
 
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue) {

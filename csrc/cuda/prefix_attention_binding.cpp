@@ -42,6 +42,7 @@ DecodeSizes sizes_of(const PrefixAttentionCall& call) {
   s.longest = call.longest;
   s.offsets = (bool)call.offsets;
   s.indexed = (bool)call.index;
+  s.widened = call.quantized();
   return s;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // prefix_attention for few queries a row, in one launch: FlashAttention's online softmax over the
-// items of prefix_attention_plan.h, and the merge of their partial results by whoever ends last.
+// items of prefix_attention_plan.h, and the merge of their partial results by whoever ends last, if
+// there are several.
 //
 // A block of four warps takes an item. Of a large tile each warp has its own queries, 16 at a time
 // (`kFragments` times), and scores them against every key; of a small tile all warps have the same
@@ -50,19 +51,26 @@ struct DecodeShared {
   Interval seen[kTile];  // by stacked query, before the tile's share is cut from it
   DecodeItem item;
   KeySource from;
+  // Where an item goes on, and with which of the keys there, counted so that block t of the item
+  // begins at behind_keys.low + t * kDecodeKeys.
+  KeySource behind;
+  Interval behind_keys;
   int row[kTile];         // the tile's rows
   int16_t merged[kTile];  // by row: the shares of its prefix if it is to be merged here, else -1
   Interval warp_seen[kDecodeWarps];
-  int64_t team_sums[kDecodeWarps];
   float warp_top[kDecodeWarps][kSmallTile], warp_sum[kDecodeWarps][kSmallTile];
 
+  struct Search {
+    DecodeSection section;
+    int64_t sums[kDecodeWarps];  // the team's
+  };
   // Before the ring is in use, and after.
-  __device__ DecodeSection& section() { return *static_cast<DecodeSection*>(whole_ring()); }
+  __device__ Search& search() { return *static_cast<Search*>(whole_ring()); }
   __device__ float* warp_state(int warp) {
     return static_cast<float*>(whole_ring()) + warp * kSmallTile * kHeadDim;
   }
   __device__ void* whole_ring() { return ring; }
-  static_assert(sizeof(DecodeSection) <= sizeof(ring), "the section lies in the ring");
+  static_assert(sizeof(Search) <= sizeof(ring), "the section lies in the ring");
   static_assert(kDecodeWarps * kSmallTile * kHeadDim * 4 <= sizeof(ring), "states lie in the ring");
 };
 
@@ -336,8 +344,8 @@ struct Attend {
   Shared& shared;
   // Read again wherever they are needed: in registers they would push accumulators out.
   const DecodeItem& item = shared.item;
-  const KeySource& from = shared.from;
-  Interval share = {};
+  int turn = INT_MAX;   // number of the first block of shared.behind
+  Interval share = {};  // of which block t begins at low + t * kDecodeKeys
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int warp_rows = warp % kAcross * 16, warp_keys = warp / kAcross * kWarpKeys;
   int live = 0;        // fragments of this warp that have queries
@@ -365,17 +373,20 @@ struct Attend {
     }
   }
 
-  // Block number t of the share into its stage; nothing where there is none.
+  // Block number t into its stage; nothing where there is none.
   __device__ void load_keys(int t) const {
     constexpr int kEach = 16 / sizeof(Entry), kChunks = kHeadDim / kEach;
-    const int begin = share.low + t * kDecodeKeys;
+    const bool turned = t >= turn;
+    const KeySource& from = turned ? shared.behind : shared.from;
+    const Interval keys = turned ? shared.behind_keys : share;
+    const int begin = keys.low + t * kDecodeKeys;
     unsigned char* stage =
         reinterpret_cast<unsigned char*>(shared.ring) + t % kStages * 2 * kBlock * sizeof(Entry);
-    if (begin < share.high) {
+    if (begin < keys.high) {
 #pragma unroll 1
       for (int c = threadIdx.x; c < kDecodeKeys * kChunks; c += kDecodeThreads) {
         const int n = c / kChunks, chunk = c % kChunks;
-        const bool exists = begin + n < share.high;
+        const bool exists = begin + n < keys.high;
         const int to = kWiden ? c * kEach : chunk_at<kHeadDim>(n, chunk);
         const int64_t key = int64_t{begin} + n;
         copy_chunk<Bits>(stage + to * sizeof(Entry), from.key,
@@ -400,7 +411,7 @@ struct Attend {
     const int n = threadIdx.x % kDecodeKeys;
     const Tensor& scales = second ? p.prefix_value_scale : p.prefix_key_scale;
     const int64_t at = item.kv_head * scales.stride[0] +
-                       (from.first + begin + n) / p.scale_block * scales.stride[1];
+                       (shared.from.first + begin + n) / p.scale_block * scales.stride[1];
     (second ? shared.value_scale : shared.key_scale)[n] =
         begin + n < share.high ? static_cast<const float*>(scales.data)[at] : 0.0f;
     if (!kScaleWeights) __syncthreads();
@@ -573,19 +584,26 @@ struct Attend {
     }
   }
 
-  // What the tile's queries see, into shared.seen; returns the item's share of it. `sees(j)`.
+  // What the tile's queries see, into shared.seen; returns all that this thread's see.
   template <typename Sees>
-  __device__ Interval find_share(Sees sees) {
+  __device__ Interval look(Sees sees, bool behind) const {
     Interval tile = {INT_MAX, 0};
     for (int j = threadIdx.x; j < kRows; j += kDecodeThreads) {
       // A place that no query has sees everything, so that it asks for no mask.
       Interval one = {0, INT_MAX};
       if (j < item.stacked) {
-        one = sees(j);
+        one = sees(j, behind);
         if (one.low < one.high) tile = joined(tile, one);
       }
       shared.seen[j] = one;
     }
+    return tile;
+  }
+
+  // The item's share of what the tile's queries see.
+  template <typename Sees>
+  __device__ Interval find_share(Sees sees) const {
+    Interval tile = look(sees, false);
 #pragma unroll
     for (int bit = 16; bit > 0; bit /= 2) {
       tile = joined(tile, {__shfl_xor_sync(kAllLanes, tile.low, bit),
@@ -597,16 +615,10 @@ struct Attend {
     return tile.low < tile.high ? share_of(tile, item.split, item.splits) : Interval{0, 0};
   }
 
-  template <typename Sees>
-  __device__ void run(Sees sees, int slot, bool whole) {
-    share = find_share(sees);
-    load_queries();
-    for (int t = 0; t < kStages; ++t) load_keys(t);
-
+  __device__ void find_open() {
     open = {0, share.high};
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      live += fragment_row(f) < item.stacked;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Interval seen = shared.seen[fragment_row(f) + lane / 4 + half * 8];
@@ -618,11 +630,39 @@ struct Attend {
       open.low = (int)most(open.low, __shfl_xor_sync(kAllLanes, open.low, bit));
       open.high = (int)least(open.high, __shfl_xor_sync(kAllLanes, open.high, bit));
     }
+  }
 
-    const int blocks = (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys;
+  // `sees(j, behind)`: what stacked query j sees of the item's own source, or of the one behind.
+  // `behind()`: which keys of that one the item goes on to, if any; it may take until the first
+  // block is under way.
+  template <typename Sees, typename Behind>
+  __device__ void run(Sees sees, Behind behind, int slot, bool whole) {
+    share = find_share(sees);
+    load_queries();
+    load_keys(0);
+    int blocks = (share.high - share.low + kDecodeKeys - 1) / kDecodeKeys;
+    const Interval more = behind();
+    if (more.low < more.high) {
+      turn = blocks > 0 ? blocks : 1;  // block 0, if empty, is under way
+      blocks = turn + (more.high - more.low + kDecodeKeys - 1) / kDecodeKeys;
+      if (threadIdx.x == 0) {
+        shared.behind_keys = {more.low - turn * kDecodeKeys, more.high};
+      }
+      __syncthreads();
+    }
+    for (int t = 1; t < kStages; ++t) load_keys(t);
+
+    for (int f = 0; f < kFragments; ++f) live += fragment_row(f) < item.stacked;
+    find_open();
     for (int t = 0; t < blocks; ++t) {
       cp_async_wait<kStages - 1>();
       __syncthreads();
+      if (t == turn) {
+        share = shared.behind_keys;
+        look(sees, true);
+        __syncthreads();
+        find_open();
+      }
       if constexpr (kWiden) {
         widen(t);
         __syncthreads();
@@ -712,14 +752,14 @@ struct Attend {
   }
 };
 
-template <typename T, typename Entry, int kHeadDim, typename Sees>
+template <typename T, typename Entry, int kHeadDim, typename Sees, typename Behind>
 __device__ void attend(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared, Sees sees,
-                       int slot, bool whole) {
+                       Behind behind, int slot, bool whole) {
+  constexpr int kFragments = decode_fragments(kHeadDim);
   if (shared.item.is_small) {
-    Attend<T, Entry, kHeadDim, 1, 1>{p, shared}.run(sees, slot, whole);
+    Attend<T, Entry, kHeadDim, 1, 1>{p, shared}.run(sees, behind, slot, whole);
   } else {
-    Attend<T, Entry, kHeadDim, kDecodeWarps, decode_fragments(kHeadDim)>{p, shared}.run(sees, slot,
-                                                                                        whole);
+    Attend<T, Entry, kHeadDim, kDecodeWarps, kFragments>{p, shared}.run(sees, behind, slot, whole);
   }
 }
 
@@ -742,13 +782,27 @@ __device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& s
   merge_rows<T>(p, shared);
 }
 
+// The keys and values of a prefix whose first entry is number `first` of the pack.
+template <typename Entry>
+__device__ KeySource prefix_source(const PrefixAttentionDecode& p, int kv_head, int first) {
+  const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;
+  return {static_cast<const Entry*>(p.prefix_key.data) + kv_head * key[0] + first * key[1],
+          static_cast<const Entry*>(p.prefix_value.data) + kv_head * value[0] + first * value[1],
+          key[1],
+          value[1],
+          key[2],
+          value[2],
+          first,
+          p.vector_prefix};
+}
+
 // A thread has set the item's row or rows; true where there is an item.
 template <typename Entry, int kHeadDim>
 __device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared) {
   const DecodePlan& plan = p.plan;
   const int number = (int)(blockIdx.x / plan.prefix_blocks);
-  DecodeSection& section = shared.section();
-  const BlockTeam team = {shared.team_sums};
+  DecodeSection& section = shared.search().section;
+  const BlockTeam team = {shared.search().sums};
   if (plan.indexed) sort_section(team, plan, p.rows, number, section);
   DecodeItem item;
   if (!prefix_item(team, plan, p.rows, section, blockIdx.x % plan.prefix_blocks, item)) {
@@ -759,18 +813,8 @@ __device__ bool find_prefix_item(const PrefixAttentionDecode& p, DecodeShared<kH
     shared.row[r] = plan.indexed ? number * kSection + row_of(section.sorted[place]) : place;
   }
   if (threadIdx.x == 0) {
-    const int64_t *key = p.prefix_key.stride, *value = p.prefix_value.stride;
-    const int first = item.entries.first;
     shared.item = item;
-    shared.from = {
-        static_cast<const Entry*>(p.prefix_key.data) + item.kv_head * key[0] + first * key[1],
-        static_cast<const Entry*>(p.prefix_value.data) + item.kv_head * value[0] + first * value[1],
-        key[1],
-        value[1],
-        key[2],
-        value[2],
-        first,
-        p.vector_prefix};
+    shared.from = prefix_source<Entry>(p, item.kv_head, item.entries.first);
   }
   __syncthreads();
   return true;
@@ -803,23 +847,31 @@ __global__ void __launch_bounds__(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
   const DecodeItem& item = shared.item;
   if (blockIdx.x < plan.all_prefix_blocks()) {
     if (!find_prefix_item<Entry>(p, shared)) return;
-    const auto sees = [&](int j) {
+    const auto sees = [&](int j, bool) {
       const OwnRange own = own_range(plan, p.rows, shared.row[j / plan.per_row]);
       return sees_prefix(item.entries.length, own, item.query(j, plan.per_row) % plan.queries,
                          p.window);
     };
-    attend<T, Entry>(p, shared, sees, plan.own_splits + item.split, false);
+    const auto behind = [] { return Interval{0, 0}; };
+    attend<T, Entry>(p, shared, sees, behind, plan.own_splits + item.split, false);
     arrive<T>(p, shared, prefix_arrival(plan, item));
   } else {
     find_own_item<T>(p, shared);
     const int row = shared.row[0];
-    const bool has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, row)).length > 0;
-    const bool whole = is_whole(plan, has_prefix);
+    const Range entries = prefix_range(plan, p.rows, row_prefix(p.rows, row));
+    const bool has_prefix = entries.length > 0, whole = is_whole(plan, has_prefix);
     const OwnRange own = own_range(plan, p.rows, row);
-    const auto sees = [&](int j) {
-      return sees_own(own, item.query(j, plan.per_row) % plan.queries, p.causal, p.window);
+    const auto sees = [&](int j, bool behind) {
+      const int i = item.query(j, plan.per_row) % plan.queries;
+      return behind ? sees_prefix(entries.length, own, i, p.window)
+                    : sees_own(own, i, p.causal, p.window);
     };
-    attend<T, T>(p, shared, sees, item.split, whole);
+    const auto behind = [&] {
+      if (!std::is_same<T, Entry>::value) return Interval{0, 0};  // no plan has them together
+      if (threadIdx.x == 0) shared.behind = prefix_source<T>(p, item.kv_head, entries.first);
+      return behind_own(plan, entries.length, own, p.window);
+    };
+    attend<T, T>(p, shared, sees, behind, item.split, whole);
     if (!whole) arrive<T>(p, shared, own_arrival(plan, item, has_prefix));
   }
 }

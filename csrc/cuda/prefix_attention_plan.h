@@ -7,7 +7,9 @@
 //
 //  * a prefix item takes a tile of stacked queries of rows that share a prefix against one of its
 //    shares of that prefix's entries;
-//  * an own item takes a tile of one row's stacked queries against a share of the row's own keys.
+//  * an own item takes a tile of one row's stacked queries against a share of the row's own keys,
+//    and where the plan has them `together` goes on to the row's whole prefix: then there are no
+//    prefix items, and nothing is merged.
 //
 // How many items of the first kind there are depends on values that only the device knows: which
 // rows share a prefix and how long it is. The host launches as many blocks as sizes alone allow for
@@ -41,7 +43,11 @@ constexpr int kRun = 32;         // of them, by comparing each with each
 constexpr int kDecodeKeys = 64;  // keys that are scored at a time; shares are multiples of it
 constexpr int kSmallTile =
     16;  // stacked queries of the smaller tile: what one matrix product takes
-constexpr int kMaxSplits = 32;      // shares of a prefix, and of a row's own keys
+constexpr int kMaxSplits = 32;  // shares of a prefix, and of a row's own keys
+// Key blocks up to which own keys and a prefix are one item's, where there are few rows. Behind one
+// another, blocks take 0.3 to 0.6 us each; shares of two blocks side by side are merged in 1.5 to 2
+// us. So two blocks more than a share has are faster in any case, and a fourth might not be.
+constexpr int kTogether = 4;
 constexpr int kFarthest = 1 << 29;  // positions and windows further out see the same
 
 SOFTPROMPT_FAST_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,11 +71,13 @@ struct DecodeSizes {
   int64_t longest;
   bool offsets;  // prefix_offsets were given: lengths are known to the device only
   bool indexed;  // prefix_index was given: so is who shares a prefix
+  bool widened;  // prefixes are of 8 bits
 };
 
 struct DecodePlan {
   int batch, kv_heads, groups, queries, own, packed;
   bool indexed;
+  bool together;  // an own item takes its row's prefix too
   int per_row;    // stacked queries of a row and key/value head, G * S
   int tile;       // stacked queries of a large tile
   int row_tiles;  // large tiles of one row
@@ -78,7 +86,10 @@ struct DecodePlan {
   int prefix_splits;      // the most shares a prefix can have
   int64_t prefix_blocks;  // of one section
 
-  SOFTPROMPT_FAST_BOTH int slots() const { return own_splits + prefix_splits; }
+  // Partial results of a query; of a single item's, which is its result, none are kept.
+  SOFTPROMPT_FAST_BOTH int slots() const {
+    return own_splits + prefix_splits > 1 ? own_splits + prefix_splits : 0;
+  }
   SOFTPROMPT_FAST_BOTH int64_t units() const { return int64_t{batch} * kv_heads; }
   SOFTPROMPT_FAST_BOTH int64_t states() const { return units() * per_row * slots(); }
   SOFTPROMPT_FAST_BOTH int64_t all_prefix_blocks() const { return sections * prefix_blocks; }
@@ -112,11 +123,12 @@ struct DecodeRows {
 // `tile`: queries of a large tile, at most the kernel's. `beside`: blocks for prefixes beside own
 // items that fill the device; 0: on every other place. `resident`: blocks that the device runs at
 // a time. `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before
-// prefixes get fewer shares for it. Example: 64 rows of one query, 32 heads over 8, 1024 entries,
-// tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each of 8 heads against 4 shares
-// of 256 entries.
+// prefixes get fewer shares for it. `together`: as kTogether. Example: 64 rows of one query, 32
+// heads over 8, 1024 entries, tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each
+// of 8 heads against 4 shares of 256 entries.
 inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, int64_t state_bytes,
-                              int beside = 0, int64_t most_bytes = int64_t{128} << 20) {
+                              int beside = 0, int together = kTogether,
+                              int64_t most_bytes = int64_t{128} << 20) {
   DecodePlan plan = {};
   plan.batch = (int)sizes.batch;
   plan.kv_heads = (int)sizes.kv_heads;
@@ -131,8 +143,18 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   plan.own_tile = plan.per_row <= kSmallTile ? kSmallTile : tile;
   plan.own_tiles = (int)divide_up(plan.per_row, plan.own_tile);
 
-  // Own keys: split where there are too few rows to fill the device, 128 keys or more a share.
+  // One item for all of a row's keys, where it and another for the prefix would have run side by
+  // side.
+  const bool known = !sizes.indexed && !sizes.offsets;
+  const int64_t longest =
+      divide_up(known ? sizes.packed : most(1, least(sizes.longest, sizes.packed)), kDecodeKeys);
   const int64_t own_items = plan.units() * plan.own_tiles;
+  plan.sections = plan.own_splits = 1;
+  plan.together = sizes.packed > 0 && !sizes.widened && 2 * own_items <= resident &&
+                  longest + divide_up(sizes.own, kDecodeKeys) <= together;
+  if (plan.together) return plan;
+
+  // Own keys: split where there are too few rows to fill the device, 128 keys or more a share.
   const bool own_fills = own_items >= resident;
   plan.own_splits = (int)most(
       1, least(least(resident / own_items, divide_up(sizes.own, 2 * kDecodeKeys)), kMaxSplits));
@@ -145,9 +167,6 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   plan.wanted = (int)most(1, (own_fills ? beside : resident) / plan.sections);
   plan.min_blocks = own_fills ? 4 : 2;
   if (sizes.packed == 0) return plan;
-  const bool known = !sizes.indexed && !sizes.offsets;
-  const int64_t longest =
-      divide_up(known ? sizes.packed : most(1, least(sizes.longest, sizes.packed)), kDecodeKeys);
   const int64_t least_tiles = sizes.indexed ? 1 : plan.tiles(rows);
   int64_t splits = least(divide_up(longest, plan.min_blocks), kMaxSplits);
   splits = least(splits, divide_up(plan.wanted, plan.kv_heads * least_tiles));
@@ -220,6 +239,13 @@ SOFTPROMPT_FAST_BOTH Interval sees_own(const OwnRange& own, int i, bool causal, 
   if (causal) high = least(high, position + 1);
   if (window) low = most(low, position - window + 1);
   return {(int)least(low, high), (int)high};
+}
+
+// What a row's own items go on to: the entries of its prefix that its first query sees, for the
+// others see no more.
+SOFTPROMPT_FAST_BOTH Interval behind_own(const DecodePlan& plan, int length, const OwnRange& own,
+                                         int window) {
+  return plan.together ? sees_prefix(length, own, 0, window) : Interval{0, 0};
 }
 
 // One of `splits` equal shares of [low, high), whole blocks of keys but for the last.
@@ -456,7 +482,7 @@ SOFTPROMPT_FAST_BOTH unsigned own_arrival(const DecodePlan& plan, const DecodeIt
 
 // Whether an item's result is a row's whole result: then nothing is merged and nobody arrives.
 SOFTPROMPT_FAST_BOTH bool is_whole(const DecodePlan& plan, bool has_prefix) {
-  return !has_prefix && plan.own_splits == 1;
+  return (plan.together || !has_prefix) && plan.own_splits == 1;
 }
 
 }  // namespace cuda

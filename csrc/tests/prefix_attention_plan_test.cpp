@@ -33,7 +33,7 @@ struct Random {
 // A call: its sizes, and the values that the device would find.
 struct Call {
   DecodeSizes sizes;
-  int tile, resident, beside;
+  int tile, resident, beside, together;
   int64_t most_bytes;
   bool causal;
   int window;
@@ -92,6 +92,8 @@ void draw(Random& random, Call& call) {
   call.tile = kSmallTile << random.upto(3);
   call.resident = (int)random.within(1, random.chance(2) ? 12 : 300);
   call.beside = random.chance(2) ? 0 : (int)random.within(1, 400);
+  call.together = random.chance(3) ? 0 : (int)random.within(1, 12);
+  s.widened = random.chance(4);
   call.most_bytes = random.chance(10) ? 1 : int64_t{128} << 20;
   call.causal = !random.chance(4);
   call.window = call.causal && random.chance(3) ? (int)random.within(1, 400) : 0;
@@ -114,7 +116,8 @@ class Checker {
   // seen. (Its conditions are thresholds: between two of them nothing changes.)
   void run(const Call& call, bool each_key) {
     call_ = &call;
-    plan_ = plan_decode(call.sizes, call.tile, call.resident, 4 * 64, call.beside, call.most_bytes);
+    plan_ = plan_decode(call.sizes, call.tile, call.resident, 4 * 64, call.beside, call.together,
+                        call.most_bytes);
     const DecodePlan& plan = plan_;
     rows_.resize(plan.batch);
     for (int row = 0; row < plan.batch; ++row) {
@@ -122,10 +125,22 @@ class Checker {
                     prefix_range(plan, call.rows, row_prefix(call.rows, row))};
     }
     EXPECT(plan.own_splits >= 1 && plan.own_splits <= kMaxSplits);
-    EXPECT(plan.prefix_splits >= (plan.packed > 0) && plan.prefix_splits <= kMaxSplits);
+    const bool apart = plan.packed > 0 && !plan.together;
+    EXPECT(plan.prefix_splits >= apart && plan.prefix_splits <= kMaxSplits);
     EXPECT(plan.expected() < 1u << 16);
+    if (plan.together) {
+      // One item a row's tile, of entries that the own keys' code reads, and few of them.
+      EXPECT(!call.sizes.widened && plan.prefix_blocks == 0 && plan.states() == 0);
+      EXPECT(2 * plan.blocks() <= call.resident && plan.own_splits == 1);
+      const int64_t longest = call.sizes.indexed || call.sizes.offsets
+                                  ? least(call.sizes.longest, call.sizes.packed)
+                                  : call.sizes.packed;
+      EXPECT(divide_up(longest, kDecodeKeys) + divide_up(plan.own, kDecodeKeys) <= call.together);
+    }
+    slots_ = plan.own_splits + (int)most(1, plan.prefix_splits);
+    EXPECT(plan.slots() == 0 || plan.slots() == plan.own_splits + plan.prefix_splits);
     counters_.assign(plan.units(), 0);
-    taken_.assign(plan.states(), kNothing);
+    taken_.assign(plan.units() * plan.per_row * slots_, kNothing);
     for (int s = 0; s < plan.sections; ++s) {
       section_number_ = s;
       if (plan.indexed && plan.prefix_blocks) {
@@ -145,7 +160,7 @@ class Checker {
         longest = key_blocks(item.entries);
       }
       // The bound holds: the block after the last would have nothing to do.
-      if (plan.packed > 0) {
+      if (apart) {
         EXPECT(!prefix_item(Alone(), plan, call.rows, section_, plan.prefix_blocks, item));
       }
     }
@@ -165,18 +180,19 @@ class Checker {
   DecodePlan plan_;
   DecodeSection section_;
   int section_number_;
+  int slots_;  // of a query here: there is one for the prefix that an own item takes
   std::vector<Row> rows_;
   std::vector<unsigned> counters_;  // by unit
   std::vector<Interval> taken_;     // by state and slot
   std::vector<Interval> seen_;      // by query of a row: of its prefix, and of its own
 
   int64_t state(int row, int head, int query) const {
-    return ((int64_t{row} * plan_.kv_heads + head) * plan_.per_row + query) * plan_.slots();
+    return ((int64_t{row} * plan_.kv_heads + head) * plan_.per_row + query) * slots_;
   }
 
   void take(int row, int head, int query, int slot, Interval share) {
     EXPECT(row >= 0 && row < plan_.batch && head >= 0 && head < plan_.kv_heads);
-    EXPECT(query >= 0 && query < plan_.per_row && slot >= 0 && slot < plan_.slots());
+    EXPECT(query >= 0 && query < plan_.per_row && slot >= 0 && slot < slots_);
     Interval& taken = taken_[state(row, head, query) + slot];
     EXPECT(taken.low < 0);
     taken = share;
@@ -258,10 +274,19 @@ class Checker {
     const Interval share =
         seen.low < seen.high ? share_of(seen, item.split, item.splits) : Interval{0, 0};
     EXPECT(share.low >= 0 && share.high <= plan_.own);
-    each_stacked(item, row_of,
-                 [&](int row, int query) { take(row, item.kv_head, query, item.split, share); });
-    const bool has_prefix = rows_[item.first_row].entries.length > 0;
-    if (!is_whole(plan_, has_prefix)) {
+    const Row& r = rows_[item.first_row];
+    const bool has_prefix = r.entries.length > 0;
+    const Interval behind = behind_own(plan_, r.entries.length, r.own, call_->window);
+    EXPECT(behind.low >= 0 && behind.high <= r.entries.length);
+    EXPECT(plan_.together || behind.low >= behind.high);
+    each_stacked(item, row_of, [&](int row, int query) {
+      take(row, item.kv_head, query, item.split, share);
+      if (plan_.together) take(row, item.kv_head, query, plan_.own_splits, behind);
+    });
+    if (is_whole(plan_, has_prefix)) {
+      EXPECT(item.splits == 1);
+    } else {
+      EXPECT(plan_.slots() > 0);  // it has somewhere to leave its result
       arrive(item.first_row, item.kv_head, own_arrival(plan_, item, has_prefix));
     }
   }
@@ -282,14 +307,15 @@ class Checker {
       const unsigned counter = counters_[row * plan_.kv_heads + head];
       const bool whole = is_whole(plan_, length > 0);
       EXPECT((counter & 0xFFFF) == (whole ? 0 : plan_.expected()));
-      const int shares = (int)(counter >> 16), unused = plan_.own_splits + shares;
+      const int shares = plan_.together ? 1 : (int)(counter >> 16);
+      const int unused = plan_.own_splits + shares;
       for (int query = 0; query < plan_.per_row; ++query) {
         // Those who merge read these slots, and no others were written.
         const Interval* taken = &taken_[state(row, head, query)];
         const Interval* seen = &seen_[2 * (query % plan_.queries)];
         covered_once(taken + plan_.own_splits, shares, seen[0]);
         covered_once(taken, plan_.own_splits, seen[1]);
-        for (int slot = unused; slot < plan_.slots(); ++slot) EXPECT(taken[slot].low < 0);
+        for (int slot = unused; slot < slots_; ++slot) EXPECT(taken[slot].low < 0);
       }
     }
   }
@@ -344,10 +370,10 @@ int main(int count, char** arguments) {
       std::printf(
           "plan %ld of seed %ld: batch %ld, heads %ld over %ld, queries %ld, own %ld, packed %ld, "
           "prefixes %ld, longest %ld, offsets %d, indexed %d, tile %d, resident %d, beside %d, "
-          "window %d\n",
+          "together %d, widened %d, window %d\n",
           i, seed, (long)s.batch, (long)s.q_heads, (long)s.kv_heads, (long)s.queries, (long)s.own,
           (long)s.packed, (long)s.prefixes, (long)s.longest, s.offsets, s.indexed, call.tile,
-          call.resident, call.beside, call.window);
+          call.resident, call.beside, call.together, s.widened, call.window);
       return 1;
     }
   }
