@@ -672,7 +672,7 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
     Raises:
         ValueError: `base` has no such parameter, or of another shape (expected and found are named).
     """
-    view = _shallow(base)
+    view = _with_own_tables(base)
     fresh = {id(view)}
 
     def descend(path: str) -> nn.Module:
@@ -682,7 +682,7 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
             if child is None:
                 raise ValueError(f"modules_to_save: {type(base).__name__} has no module {path!r}")
             if id(child) not in fresh:
-                child = _shallow(getattr(child, "original_module", child))
+                child = _with_own_tables(getattr(child, "original_module", child))
                 fresh.add(id(child))
                 module._modules[part] = child
             module = child
@@ -702,10 +702,8 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
     return view
 
 
-def _shallow(module: Any) -> Any:
-    copy = module.__new__(type(module))
-    copy.__dict__ = {**module.__dict__, "_modules": {**module._modules}, "_parameters": {**module._parameters}}
-    return copy
+def _with_own_tables(module: Any) -> Any:
+    return hooks.shallow_copy(module, _modules={**module._modules}, _parameters={**module._parameters})
 
 
 def _prompts_decoder(prompt: SoftPrompt) -> bool:
