@@ -7,6 +7,9 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests start Python in folders of their own, where a relative path would find another copy of the package, or none.
+if path := os.environ.get("PYTHONPATH"):
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
 if os.environ.get("SOFTPROMPT_FAST_TEST_DEVICE", "cpu") == "cpu":
     # Before a Triton kernel is defined: on the CPU they run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
