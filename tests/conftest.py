@@ -21,7 +21,7 @@ import torch
 
 from tests import cuda_emulated
 from tests.device import DEVICE, ON_GPU
-from tests.interpreter import loop_to_a_tensor, patch_once_a_launch, round_like_a_gpu
+from tests.interpreter import look_dtypes_up_once, loop_to_a_tensor, patch_once_a_launch, round_like_a_gpu
 
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
@@ -31,6 +31,7 @@ if not ON_GPU:
         os.environ["SOFTPROMPT_FAST_CUDA_EMULATED"] = str(library)
     round_like_a_gpu()
     loop_to_a_tensor()
+    look_dtypes_up_once()
     patch_once_a_launch()
 else:
     # Before test modules are imported, which make tensors too.
