@@ -178,8 +178,8 @@ def drop_first_token(cache: Cache) -> None:
 def extend(
     layer: Any, like: torch.Tensor, shape: Sequence[int], value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:meth:`GrowingLayer.extend` for it or a StaticLayer, of which all entries are the whole buffer. Off the CPU the
-    latter waits for the device."""
+    """:meth:`GrowingLayer.extend` for it or a StaticLayer, of which all entries are the whole buffer. The latter reads
+    where its entries end, so it is for the CPU; on a device passes write into :func:`static_buffers` at that place."""
     if isinstance(layer, GrowingLayer):
         return layer.extend(like, shape, value_dim)
     keys, values = static_buffers(layer, like, shape, value_dim)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_fast import expanded
@@ -57,8 +57,8 @@ class PromptCompiler:
 
     def frozen(self, prompt: SoftPrompt, task: int | None) -> PrefixKV:
         """The prefix of a prompt (of a multitask prompt's `task`), for calls with autocast and without."""
-        with self._kept(prompt):
-            compiled = self.run(prompt, None if task is None else [task])[0]
+        with self._kept() as base, hooks.evaluating(prompt) as prompt:
+            compiled = self._run(base, prompt, None if task is None else [task])[0]
             return PrefixKV(
                 keys=tuple(k.detach().clone(memory_format=torch.contiguous_format) for k in compiled.keys),
                 values=tuple(v.detach().clone(memory_format=torch.contiguous_format) for v in compiled.values),
@@ -71,9 +71,9 @@ class PromptCompiler:
     def of_tokens(self, input_ids: Tensor) -> PrefixKV:
         """The base's own keys and values of a text ``[T]``; of no use beyond this process, for it has no
         fingerprint."""
-        with self._kept():
-            embeds = self._base.get_input_embeddings()(input_ids[None].to(self._base.device))
-            keys, values, _ = self._pass(embeds, all_logits=False, next_logits=False)
+        with self._kept() as base:
+            embeds = base.get_input_embeddings()(input_ids[None].to(base.device))
+            keys, values, _ = self._pass(base, embeds, all_logits=False, next_logits=False)
         pairs = tuple(key[0] for key in keys), tuple(value[0] for value in values)
         return PrefixKV(*pairs, method="CARTRIDGE", fingerprint="")
 
@@ -82,7 +82,17 @@ class PromptCompiler:
     ) -> list[Compiled]:
         """One run over a prompt (over all its `tasks` at once); keeps the graph where grad is enabled. Without
         `next_logits` the last layer computes keys and values only, where the base can stop there."""
-        device, dtype = self._base.device, self._base.dtype
+        return self._run(self._base, prompt, tasks, all_logits, next_logits)
+
+    def _run(
+        self,
+        base: PreTrainedModel,
+        prompt: SoftPrompt,
+        tasks: list[int] | None,
+        all_logits: bool = False,
+        next_logits: bool = True,
+    ) -> list[Compiled]:
+        device, dtype = base.device, base.dtype
         if prompt.kind == "prefix":
             pairs = [(k.to(device, dtype), v.to(device, dtype)) for k, v in prompt.key_values()]
             return [Compiled(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), None)]
@@ -94,7 +104,7 @@ class PromptCompiler:
             self._limit.check(embeds.shape[1], embeds.shape[1])
         # A copy: some families (ctrl) scale the embeddings they are given in place, and these are the prompt's own.
         embeds = embeds.to(device, dtype, copy=True)
-        keys, values, logits = self._pass(embeds, all_logits, next_logits)
+        keys, values, logits = self._pass(base, embeds, all_logits, next_logits)
         return [
             Compiled(
                 tuple(k[n] for k in keys),
@@ -106,13 +116,13 @@ class PromptCompiler:
         ]
 
     def _pass(
-        self, embeds: Tensor, all_logits: bool, next_logits: bool
+        self, base: PreTrainedModel, embeds: Tensor, all_logits: bool, next_logits: bool
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Keys and values per layer ``[N, Hkv, P, D]`` and logits of ``[N, P, H]`` embeddings (all, the last, or None
         where neither is wanted and the pass could stop before)."""
         keep = 0 if all_logits else 1
         if self._is_expanded:
-            return expanded.run_prompt(self._base, embeds, keep)
+            return expanded.run_prompt(base, embeds, keep)
         context = hooks.PrefixContext(None, None, backend=self._backend)
         if (passes := self._fused.training(embeds, context)) is not None:
             keys, values, hidden = passes.prompt(embeds, None if all_logits else int(next_logits))
@@ -120,21 +130,16 @@ class PromptCompiler:
                 return keys, values, None
             return keys, values, passes.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if (fused := self._fused.serving(embeds, context, None)) is not None:
-            cache = OwnTokenCache(hooks.num_attention_layers(self._base), reserve=embeds.shape[1])
+            cache = OwnTokenCache(hooks.num_attention_layers(base), reserve=embeds.shape[1])
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
             predicted = fused(embeds, positions, context, cache, keep)
             return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], predicted
-        return hooks.run_prompt(self._base, embeds, keep, next_logits=next_logits)
+        return hooks.run_prompt(base, embeds, keep, next_logits=next_logits)
 
     @contextmanager
-    def _kept(self, *prompts: nn.Module) -> Iterator[None]:
-        """What is kept for later calls is computed without gradients, autocast and, also in training mode, dropout."""
-        with self._lock, torch.no_grad(), torch.autocast(self._base.device.type, enabled=False):
-            modules = [module for part in (self._base, *prompts) for module in part.modules() if module.training]
-            for module in modules:
-                module.training = False
-            try:
-                yield
-            finally:
-                for module in modules:
-                    module.training = True
+    def _kept(self) -> Iterator[PreTrainedModel]:
+        """The base for what is kept for later calls: without gradients, autocast and, also in training mode,
+        dropout."""
+        off = torch.autocast(self._base.device.type, enabled=False)
+        with self._lock, torch.no_grad(), off, hooks.evaluating(self._base) as base:
+            yield base

@@ -69,8 +69,10 @@ class EncoderSoftPromptModel(PromptedModel):
         self._why_expanded: str | None = None
         # Heads that read the last token (PEFT and transformers call them `score`) need rows that end together.
         self._at_end = hasattr(base, "score")
-        # Attention functions go by this attribute; a family without it is not known to be causal.
-        self._causal = any(getattr(module, "is_causal", False) for module in base.modules())
+        # Attention functions go by the modules' attribute, and a family without it is not known to be causal; masks go
+        # by the config's, which makes encoders of decoders.
+        causal = getattr(base.config.get_text_config(), "is_causal", True)
+        self._causal = causal and any(getattr(module, "is_causal", False) for module in base.modules())
         # Roberta and its kin count positions from padding_idx + 1.
         counting = (m for m in base.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         self._first_position = next((m.padding_idx + 1 for m in counting), 0)
@@ -222,7 +224,7 @@ class EncoderSoftPromptModel(PromptedModel):
     def _by_prompt(self, prompt: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         """Run every prompt's rows as a batch of its own and put the results back in order."""
         return_dict = options.pop("return_dict", None)
-        refused = [key for key in ("past_key_values", "encoder_outputs") if options.get(key) is not None]
+        refused = [key for key in ("past_key_values", "encoder_outputs", "is_causal") if options.get(key) is not None]
         refused += [key for key in ("output_attentions",) if options.get(key)]
         if refused:
             raise ValueError(f"{refused[0]}: not supported by {type(self).__name__}.forward; expected None")
@@ -272,7 +274,8 @@ class EncoderSoftPromptModel(PromptedModel):
             The base model's output class. ``start_logits`` and ``end_logits`` hold the dtype's minimum at padding.
 
         Raises:
-            ValueError: shapes that don't match, a mask with holes, too many positions.
+            ValueError: shapes that don't match, a mask with holes, too many positions, ``is_causal``, which is the
+                base's to say.
             KeyError: unknown prompt (the message lists the known ones).
             IndexError: a token id outside the vocabulary.
         """
@@ -591,9 +594,9 @@ class EncoderDecoderSoftPromptModel(EncoderSoftPromptModel):
 
         Raises:
             ValueError: as :meth:`forward`; ``return_dict_in_generate`` with several prompts; a static cache with a
-                prefix prompt; a ``decoder_attention_mask`` or a cache handed in.
+                prefix prompt; a ``decoder_attention_mask``, a cache or ``is_causal`` handed in.
         """
-        for name in ("decoder_attention_mask", "past_key_values", "encoder_outputs"):
+        for name in ("decoder_attention_mask", "past_key_values", "encoder_outputs", "is_causal"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by {type(self).__name__}.generate; expected None")
         inputs = {
@@ -669,7 +672,7 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
     Raises:
         ValueError: `base` has no such parameter, or of another shape (expected and found are named).
     """
-    view = _shallow(base)
+    view = _with_own_tables(base)
     fresh = {id(view)}
 
     def descend(path: str) -> nn.Module:
@@ -679,7 +682,7 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
             if child is None:
                 raise ValueError(f"modules_to_save: {type(base).__name__} has no module {path!r}")
             if id(child) not in fresh:
-                child = _shallow(getattr(child, "original_module", child))
+                child = _with_own_tables(getattr(child, "original_module", child))
                 fresh.add(id(child))
                 module._modules[part] = child
             module = child
@@ -699,10 +702,8 @@ def with_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTra
     return view
 
 
-def _shallow(module: Any) -> Any:
-    copy = module.__new__(type(module))
-    copy.__dict__ = {**module.__dict__, "_modules": {**module._modules}, "_parameters": {**module._parameters}}
-    return copy
+def _with_own_tables(module: Any) -> Any:
+    return hooks.shallow_copy(module, _modules={**module._modules}, _parameters={**module._parameters})
 
 
 def _prompts_decoder(prompt: SoftPrompt) -> bool:

@@ -7,6 +7,9 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests start Python in folders of their own, where a relative path would find another copy of the package, or none.
+if path := os.environ.get("PYTHONPATH"):
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
 if os.environ.get("SOFTPROMPT_FAST_TEST_DEVICE", "cpu") == "cpu":
     # Before a Triton kernel is defined: on the CPU they run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,7 +21,7 @@ import torch
 
 from tests import cuda_emulated
 from tests.device import DEVICE, ON_GPU
-from tests.interpreter import loop_to_a_tensor, round_like_a_gpu
+from tests.interpreter import look_dtypes_up_once, loop_to_a_tensor, patch_once_a_launch, round_like_a_gpu
 
 # Tests run in several processes at once; more threads than cores would only wait for one another.
 torch.set_num_threads(1)
@@ -28,6 +31,8 @@ if not ON_GPU:
         os.environ["SOFTPROMPT_FAST_CUDA_EMULATED"] = str(library)
     round_like_a_gpu()
     loop_to_a_tensor()
+    look_dtypes_up_once()
+    patch_once_a_launch()
 else:
     # Before test modules are imported, which make tensors too.
     torch.set_default_device(DEVICE)

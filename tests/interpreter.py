@@ -70,3 +70,49 @@ def loop_to_a_tensor() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def look_dtypes_up_once() -> None:
+    """For every value the interpreter built its table of NumPy's dtypes anew, a twelfth of its time."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    find = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = find(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = get_np_dtype
+
+
+def patch_once_a_launch() -> None:
+    """The interpreter replaces the functions of triton.language when a kernel is launched, and again at every call of
+    a function within it, which changes nothing and took more than a third of its time. Here once a launch, for every
+    module that such functions are of."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang
+    patched: set[int] = set()
+
+    def patch_lang(fn: Any) -> Any:
+        if id(fn.__globals__) in patched:
+            return None  # a call's: only a launch takes back what was replaced
+        patched.add(id(fn.__globals__))
+        scope = patch(fn)
+        restore = scope.restore
+
+        def restore_all() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_lang

@@ -14,6 +14,7 @@ from models import Oracle, assert_same_logits, make_base, make_model, make_promp
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt_fast import SoftPromptModel
+from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.serving.engine import Engine
 from softprompt_fast.serving.requests import Request, Sampling
 from tests.families import FAMILIES, Family
@@ -160,9 +161,9 @@ def serve(model: SoftPromptModel) -> list[int]:
         return engine.submit(Request(ROWS[4].tolist(), "a", sampling=Sampling(max_tokens=3))).result().tokens
 
 
-def train(model: SoftPromptModel) -> list[float]:
-    prompt = model.get_prompt("trained")
-    model(ROWS[4][None], labels=ROWS[4][None], prompt="trained").loss.backward()
+def train(model: SoftPromptModel, name: str = "trained") -> list[float]:
+    prompt = model.get_prompt(name)
+    model(ROWS[4][None], labels=ROWS[4][None], prompt=name).loss.backward()
     return prompt.embedding.weight.grad.flatten().tolist()
 
 
@@ -199,6 +200,30 @@ def test_prompts_are_compiled_in_the_middle_of_other_threads_passes(family: str,
     assert found.result() == work(alone)
 
 
+def watch(base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, *owners: type) -> list[str]:
+    """The attributes of modules and configs of `base`, of the classes `owners`, that are written from now on."""
+    shared = {id(module): name for name, module in base.named_modules()}
+    shared |= {
+        id(module.config): f"{name}.config" for name, module in base.named_modules() if hasattr(module, "config")
+    }
+    written: list[str] = []
+
+    def of(owner: type, method: str) -> None:
+        real = getattr(owner, method)
+
+        def watched(self: Any, name: str, *value: Any) -> None:
+            if id(self) in shared and getattr(self, name, watch) is not (value[0] if value else watch):
+                written.append(f"{shared[id(self)]}.{name}")
+            real(self, name, *value)
+
+        monkeypatch.setattr(owner, method, watched, raising=False)
+
+    for owner in owners:
+        of(owner, "__setattr__")
+        of(owner, "__delattr__")
+    return written
+
+
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_calls_write_to_nothing_that_threads_share(
@@ -212,25 +237,7 @@ def test_calls_write_to_nothing_that_threads_share(
         model(ROWS[0][None], prompt=prompt)  # what is planned once
     tensors = {name: tensor for named in (base.named_parameters(), base.named_buffers()) for name, tensor in named}
     versions = {name: tensor._version for name, tensor in tensors.items()}
-    shared = {id(module): name for name, module in base.named_modules()}
-    shared |= {
-        id(module.config): f"{name}.config" for name, module in base.named_modules() if hasattr(module, "config")
-    }
-    written: list[str] = []
-
-    def watch(owner: type, method: str) -> None:
-        real = getattr(owner, method)
-
-        def watched(self: Any, name: str, *value: Any) -> None:
-            if id(self) in shared and getattr(self, name, watch) is not (value[0] if value else watch):
-                written.append(f"{shared[id(self)]}.{name}")
-            real(self, name, *value)
-
-        monkeypatch.setattr(owner, method, watched, raising=False)
-
-    for owner in (torch.nn.Module, PreTrainedConfig):
-        watch(owner, "__setattr__")
-        watch(owner, "__delattr__")
+    written = watch(base, monkeypatch, torch.nn.Module, PreTrainedConfig)
     for work in (generate, train, serve) if family.shares_prefix else (generate, train):
         work(model)
     model.generate(ROWS[4].expand(2, -1), prompt=["b", None], max_new_tokens=2)
@@ -238,6 +245,48 @@ def test_calls_write_to_nothing_that_threads_share(
     model.explain()
     assert written == []
     assert {name: tensor._version for name, tensor in tensors.items()} == versions
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_base_that_is_trained_stays_in_training_mode(
+    family: Family, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all threads, while it is probed and planned and while prompts are compiled, which is without dropout."""
+    base = family.make().train()
+    if family.shares_prefix and base.supports_gradient_checkpointing:
+        hooks.enable_checkpointing(base, None)
+    written = watch(base, monkeypatch, torch.nn.Module)
+    model = SoftPromptModel(base, backend=backend)
+    model.add_prompt("a", make_prompt(base))
+    train(model, "a")
+    for module in base.modules():
+        dropouts = (name for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+        vars(module).update((name, 0.5) for name in [*dropouts, *(["p"] if hasattr(module, "p") else [])])
+    prefix = model.compile_prompt("a")
+    model.explain()
+    assert written == []
+    model.eval().invalidate()
+    expected = model.compile_prompt("a")
+    for found, of in zip((*prefix.keys, *prefix.values), (*expected.keys, *expected.values), strict=True):
+        torch.testing.assert_close(found, of, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_of_a_modules_own_sees_evaluation_mode() -> None:
+    """It is bound to the module itself, which no view can change."""
+    base = make_base().train()
+    layer, seen = base.model.layers[0], []
+    real = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(layer.training)
+        return real(*args, **kwargs)
+
+    layer.forward = forward
+    model = SoftPromptModel(base)
+    model.add_prompt("a", make_prompt(base))
+    model.compile_prompt("a")
+    assert seen and not any(seen) and all(module.training for module in base.modules())
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"], ["a", "b", None]], ids=str)

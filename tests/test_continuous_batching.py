@@ -262,14 +262,33 @@ def test_what_cannot_be_served_is_refused(make: Any, changes: dict[str, Any], sa
         make().generate_batch([[1]], prompt=None, continuous_batching_config=config(**changes))
 
 
-def test_the_largest_request_that_fits_is_served_and_one_more_token_refused() -> None:
-    """9 virtual, 20 own and 3 new tokens are 8 pages of 4, and the prompt's own third page is another."""
-    model, (row,) = make_model(), make_rows([21])
-    small = {"prompt": "b", "max_new_tokens": 3, "continuous_batching_config": config(num_blocks=9)}
-    expected = Oracle().greedy(row[:20], model.get_prompt("b"), 3)
-    assert texts(model, [row[:20]], **small) == [expected]
-    with pytest.raises(ValueError, match="33 together, need 10 pages of 4, and the cache has 9"):
+@pytest.mark.parametrize(
+    "changes, own, pages",
+    [
+        # 9 virtual, 21 own and 2 of 3 new tokens are 8 pages of 4, and the prompt's own third page is another.
+        ({"page_size": 4, "num_blocks": 9}, 21, 10),
+        ({"page_size": 9, "num_blocks": 3}, 16, 4),  # which prompt "b" fills
+    ],
+    ids=str,
+)
+def test_the_largest_request_that_fits_is_served_and_one_more_token_refused(
+    changes: dict[str, int], own: int, pages: int
+) -> None:
+    model, (row,) = make_model(), make_rows([own + 1])
+    small = {"prompt": "b", "max_new_tokens": 3, "continuous_batching_config": config(**changes)}
+    expected = Oracle().greedy(row[:own], model.get_prompt("b"), 3)
+    assert texts(model, [row[:own]], **small) == [expected]
+    said = "9 virtual, {} own and 3 new tokens need {} pages of {}, and the cache has {}"
+    with pytest.raises(ValueError, match=said.format(own + 1, pages, *changes.values())):
         texts(model, [row], **small)
+
+
+def test_a_step_prepared_ahead_has_room_for_the_last_token() -> None:
+    manager = make_model().init_continuous_batching(continuous_batching_config=config(num_blocks=9))
+    manager._processor().use_async_batching = True  # which takes a GPU
+    manager.add_request([1] * 20, max_new_tokens=3, prompt="b")
+    with pytest.raises(ValueError, match="9 virtual, 21 own and 3 new tokens need 10 pages of 4"):
+        manager.add_request([1] * 21, max_new_tokens=3, prompt="b")
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -278,8 +297,8 @@ def test_what_fits_does_not_depend_on_how_far_the_thread_is(started: bool, monke
     manager = make_model().init_continuous_batching(continuous_batching_config=config(num_blocks=9))
     if started:
         manager.start()
-    with pytest.raises(ValueError, match="33 together, need 10 pages of 4, and the cache has 9"):
-        manager.add_request([1] * 21, max_new_tokens=3, prompt="b")
+    with pytest.raises(ValueError, match="22 own and 3 new tokens need 10 pages of 4, and the cache has 9"):
+        manager.add_request([1] * 22, max_new_tokens=3, prompt="b")
 
 
 def test_no_placeholder_is_a_token() -> None:

@@ -104,8 +104,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "method"), CASES, ids=[f"{f.name}-{m}" for f, m in CASES])
-def test_equals_peft_on_each_row_alone(family: Family, method: str) -> None:
+def assert_equals_peft_on_each_row_alone(family: Family, method: str) -> set[str]:
+    """The paths that its layers take."""
     model = with_adapter(family.build(), family, method)
     fast = spf.accelerate(model)
     parameters = trained(model)
@@ -136,10 +136,30 @@ def test_equals_peft_on_each_row_alone(family: Family, method: str) -> None:
                 (output.last_hidden_state[i, c] * weight[: c.stop - c.start]).sum() for i, c in enumerate(own)
             )
         assert_gradients_equal(gradients(output.loss, parameters), gradients(expected, parameters))
+    return {layer.path for layer in spf.explain(fast).layers}
+
+
+SHARED, IN_EVERY_ROW = {"shared prefix"}, {"virtual tokens in every row"}
+
+
+@pytest.mark.parametrize(("family", "method"), CASES, ids=[f"{f.name}-{m}" for f, m in CASES])
+def test_equals_peft_on_each_row_alone(family: Family, method: str) -> None:
     causal = family.name.startswith(("Llama", "GPT2")) and family.task != "QUESTION_ANS"
-    shared = causal or model.active_peft_config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE")
-    path = "shared prefix" if shared else "virtual tokens in every row"
-    assert {layer.path for layer in spf.explain(fast).layers} == {path}
+    shared = causal or method.startswith(("PREFIX_TUNING", "CARTRIDGE"))
+    assert assert_equals_peft_on_each_row_alone(family, method) == (SHARED if shared else IN_EVERY_ROW)
+
+
+@pytest.mark.parametrize(("method", "path"), [("PROMPT_TUNING", IN_EVERY_ROW), ("PREFIX_TUNING", SHARED)])
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaModel"])
+def test_a_decoder_that_its_config_makes_an_encoder(name: str, method: str, path: set[str]) -> None:
+    causal = family(name)
+
+    def config() -> Any:
+        found = causal.config()
+        found.is_causal = False  # its attention modules say True all the same
+        return found
+
+    assert assert_equals_peft_on_each_row_alone(Family(causal.model, config, causal.task), method) == path
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
@@ -408,6 +428,7 @@ IDS = torch.full((2, 4), 7)
         ({"input_ids": IDS + VOCAB, "task_ids": torch.tensor([0, 1])}, IndexError, ""),
         ({"input_ids": IDS, "task_ids": torch.tensor([0, 1]), "position_ids": IDS}, ValueError, "position_ids"),
         ({"input_ids": IDS, "prompt": None, "output_attentions": True}, ValueError, "output_attentions"),
+        ({"input_ids": IDS, "prompt": None, "is_causal": False}, ValueError, "is_causal: not supported"),
         ({"input_ids": torch.full((1, 22), 7), "task_ids": torch.tensor([0])}, ValueError,
          "3 virtual tokens and 22 own tokens make 25 positions.*24"),
     ],

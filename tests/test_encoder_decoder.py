@@ -300,6 +300,7 @@ IDS = torch.full((2, 4), 7)
         ({"input_ids": torch.full((2, 25), 7), "labels": IDS},
          "input_ids: 0 virtual tokens and 25 own.*max_position_embeddings=24"),
         ({"input_ids": IDS, "labels": IDS, "past_key_values": object()}, "past_key_values: not supported"),
+        ({"input_ids": IDS, "labels": IDS, "is_causal": True}, "is_causal: not supported"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_knob(kwargs: Any, words: str) -> None:
@@ -314,6 +315,8 @@ def test_generate_refuses_what_it_would_get_wrong() -> None:
         fast.generate(input_ids=IDS, cache_implementation="static")
     with pytest.raises(ValueError, match="decoder_attention_mask"):
         fast.generate(input_ids=IDS, decoder_attention_mask=torch.ones_like(IDS))
+    with pytest.raises(ValueError, match="is_causal"):
+        fast.generate(input_ids=IDS, is_causal=True)
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         fast.generate(input_ids=IDS, prompt=["default", None], return_dict_in_generate=True, max_new_tokens=2)
     with pytest.raises(ValueError, match="max_new_tokens: 3 virtual tokens and 22 own"):

@@ -468,6 +468,20 @@ def test_a_bank_that_stays_full_fails_the_request(one_place, monkeypatch):
         assert engine.submit(greedy(row, "a", 5)).result().tokens == alone(make_model(), row, "a", 5)
 
 
+def test_why_a_request_ends_that_waits_for_room(one_place, monkeypatch):
+    """Not that it waited, but that its time was over, or its client gone."""
+    monkeypatch.setattr(engine_module, "_GIVE_UP", PATIENCE)
+    row = make_rows([4])[0]
+    with Engine(one_place) as engine, one_place.bank.hold("b"):
+        late = engine.submit(Request(row.tolist(), "a", timeout=1.0))
+        until_refused(engine)
+        assert late.result().finish_reason == "timeout"
+        gone = engine.submit(greedy(row, "a", 5))
+        until_refused(engine)
+        gone.cancel()
+        assert gone.result().finish_reason == "cancelled"
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_random_requests_while_prompts_come_and_go_in_a_small_bank(seed):
     """Room for two or three of five prompts that are replaced and removed, requests that leave or are late: whatever

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from softprompt_fast import __version__
-from softprompt_fast.backends import native
+from softprompt_fast.backends import native, native_ops
 
 ROOT = Path(__file__).parent.parent
 COMPILER = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.which(name)), None)
@@ -210,6 +210,20 @@ def test_status_when_the_binary_is_of_another_version(monkeypatch: pytest.Monkey
     loaded, reason = native.status()
     assert not loaded
     assert reason == f"built for softprompt-fast 0.0.1, found {__version__}; reinstall the package"
+
+
+def test_what_an_extension_built_from_other_sources_lacks():
+    extension, _ = native.load()
+    if extension is None:
+        pytest.skip(f"C++ extension: {native.status()[1]}")
+    said = "is not in the extension: it was built from other sources; rebuild it"
+    with pytest.raises(AttributeError, match=rf"^softprompt_fast._C.no_such_kernel {said}"):
+        extension.no_such_kernel  # noqa: B018
+    assert not hasattr(extension, "__path__")
+    native_ops.implement(extension)
+    for _ in range(2):  # it defines nothing
+        with pytest.raises(ImportError, match=rf"^softprompt_fast::prompt_qkv_cpu {said}"):
+            native_ops.op("prompt_qkv", "cpu")
 
 
 def test_status_when_it_loads(monkeypatch: pytest.MonkeyPatch, built: ModuleType):

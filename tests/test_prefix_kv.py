@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from softprompt_fast import prefix_kv
 from softprompt_fast.errors import IncompatibleBaseError, PrefixError, PrefixFingerprintError
 from softprompt_fast.prefix_kv import PrefixKV, Scales, base_config_fields, model_fingerprint
+from tests import warm
 
 
 def make(
@@ -449,9 +450,7 @@ except OSError as error:
 def test_a_write_that_the_system_cuts_short(tmp_path: Path) -> None:
     make(0).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = warm.run(LIMITED, str(tmp_path), cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith("refused:"), done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -494,7 +493,7 @@ make(1).save_pretrained(directory)
 @pytest.mark.parametrize(("stage", "seed"), [("writing", 0), ("flushing", 0), ("renaming", 0), ("between", 1)])
 def test_killed_while_saving(stage: str, seed: int, tmp_path: Path) -> None:
     make(0).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), stage], cwd=ROOT, timeout=120)
+    done = warm.run(KILLED, str(tmp_path), stage, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert_equal(PrefixKV.from_pretrained(tmp_path), make(seed))
     make(2).save_pretrained(tmp_path)  # and the next save is none the worse for it

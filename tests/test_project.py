@@ -15,6 +15,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
+import softprompt_fast
 from softprompt_fast import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +34,8 @@ def pins() -> dict[str, str]:
     return found
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def build_extension(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
@@ -53,6 +54,12 @@ def test_import_is_light():
         "import sys, softprompt_fast; print({'torch', 'transformers', 'peft', 'rich'} & sys.modules.keys())"
     )
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_processes_in_other_folders_run_the_package_under_test(tmp_path: Path):
+    """Also where it is found by a relative PYTHONPATH."""
+    done = run_python("import softprompt_fast; print(softprompt_fast.__file__)", cwd=tmp_path)
+    assert done.stdout.strip() == softprompt_fast.__file__, done.stderr
 
 
 def test_the_core_works_without_the_extras():

@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from softprompt_fast.backends._registry import BACKENDS, OPS, available_backends
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,9 +36,7 @@ def test_every_block_has_a_language_that_this_file_runs():
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_python_block(number: int, tmp_path: Path):
-    script = tmp_path / "block.py"
-    script.write_text(EXAMPLES[number])
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm.run(EXAMPLES[number], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(EXAMPLES[number].strip().splitlines()) <= 15, "an example is ten lines and its imports"
 

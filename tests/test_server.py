@@ -504,6 +504,13 @@ def test_timeouts(model, monkeypatch, stream):
                 refusal(running.result(), 504, "timeout")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_timeout_while_the_prompt_finds_no_room(stream):
+    small = make_model(bank=BankOptions(device_bytes=10 * 2 * 2 * 2 * 8 * 4))  # either prompt alone
+    with Engine(small, TOKENIZER, timeout=1.0) as engine, served(engine) as url, small.bank.hold("b"):
+        refusal(post(url, greedy("a", stream=stream)), 504, "timeout")
+
+
 def test_a_server_that_drains_ends_what_runs(gated):
     url, engine, gate = gated
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}

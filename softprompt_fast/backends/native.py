@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from softprompt_fast._version import __version__
 
@@ -66,7 +67,19 @@ def _checked(load: Callable[[], ModuleType]) -> tuple[ModuleType | None, str]:
         return None, f"built, but it does not load here ({type(error).__name__}: {error}); reinstall the package"
     if built_for != __version__:
         return None, f"built for softprompt-fast {built_for}, found {__version__}; reinstall the package"
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(lacks(f"{module.__name__}.{name}"))
+
+    module.__dict__.setdefault("__getattr__", __getattr__)
     return module, "loaded"
+
+
+def lacks(name: str) -> str:
+    """What to say where an extension of this version has no `name`, as one has that a checkout moved on from."""
+    return f"{name} is not in the extension: it was built from other sources; rebuild it (make install, pip install)"
 
 
 def status() -> tuple[bool, str]:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt_fast.backends import native
+
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? prefix_offsets, "
     "Tensor? prefix_index, Tensor? own_start, Tensor? own_end, Tensor? query_start, float? scale, bool causal, "
@@ -62,6 +64,9 @@ def op(name: str, backend: str, results: Callable[..., Any] | None = None) -> An
     Args:
         name: of `SCHEMAS`. backend: part of the op's name, ``softprompt_fast::<name>_<backend>``.
         results: memory for the results of a call with the op's arguments. None: the op gives a bool.
+
+    Raises:
+        ImportError: the extension that was to implement it (:func:`implement`) does not.
     """
     refused = _REFUSED[SCHEMAS[name].rpartition(" -> ")[2]]
 
@@ -76,6 +81,8 @@ def op(name: str, backend: str, results: Callable[..., Any] | None = None) -> An
 
     stem, _, overload = name.partition(".")
     full = f"{stem}_{backend}" + (f".{overload}" if overload else "")
+    if not torch._C._dispatch_has_kernel(f"softprompt_fast::{full}"):  # undefined ops are there if implemented
+        raise ImportError(native.lacks(f"softprompt_fast::{full}"))
     _LIBRARY.define(full + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"softprompt_fast::{full}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.softprompt_fast, f"{stem}_{backend}"), overload or "default")

@@ -181,7 +181,7 @@ class PromptBatchingManager(ContinuousBatchingManager):
             new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
             if self._limit is not None:
                 self._limit.check(len(placeholders) + len(ids) + (new or 0), len(placeholders))
-            self._check_fits(len(placeholders), len(ids) + (new or 0))
+            self._check_fits(len(placeholders), len(ids), new or 0)
             return super().add_request(placeholders + ids, request_id, max_new_tokens, *args, **kwargs)
 
     def add_requests(
@@ -208,15 +208,18 @@ class PromptBatchingManager(ContinuousBatchingManager):
             self.batch_processor = self._create_batch_processor()
         return self.batch_processor
 
-    def _check_fits(self, virtual: int, own: int) -> None:
+    def _check_fits(self, virtual: int, own: int, new: int) -> None:
         """Whether the whole cache could hold such a request: one that never finds room ends all others."""
-        cache = self._processor().cache
+        processor = self._processor()
+        cache = processor.cache
         size = cache.cache_allocators[FULL_ATTENTION].tokens_per_page
-        pages = -(-(virtual + own) // size) + (virtual % size > 0)  # a page that is not full is copied
+        # No step reads the last new token. But one that is prepared while the step before it runs has room for it.
+        cached = virtual + own + (new if processor.use_async_batching else max(new - 1, 0))
+        pages = -(-cached // size) + (virtual % size > 0)  # a page that is not full is copied
         if pages > cache.num_blocks:
             raise ValueError(
-                f"input_ids: {virtual} virtual, own and new tokens, {virtual + own} together, need {pages} pages of "
-                f"{size}, and the cache has {cache.num_blocks}; give it more num_blocks"
+                f"input_ids: {virtual} virtual, {own} own and {new} new tokens need {pages} pages of {size}, and the "
+                f"cache has {cache.num_blocks}; give it more num_blocks"
             )
 
     def _placeholders(self, name: str, task: int | None) -> list[int]:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,8 +103,9 @@ def proven(
     with torch.inference_mode(False), torch.no_grad():
         try:
             check_structure(base)
-            fused = make(base, DecoderParts(base, _attention_options(base)))
-            prove(base, fused)
+            with hooks.evaluating(base) as view:
+                fused = make(base, DecoderParts(base, _attention_options(view)))
+                prove(view, fused)
         except (UnservedError, ImportError) as error:
             return str(error)
         except Exception as error:
@@ -298,8 +298,8 @@ class LazyDecoder:
                 known = self._plans.get(kernels)
                 if known is None:
                     # Reasons that pass are not kept.
-                    if self._base.training and (hooks.drops_cache(self._base) or has_dropout(self._base)):
-                        return "the base is in training mode"
+                    if self._base.training and has_dropout(self._base):
+                        return "the base drops out in training mode"
                     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                         return "a CUDA graph is being captured, and a plan reads values"
                     if (why := BaseState(self._base).changed()) is not None:
@@ -320,8 +320,7 @@ class LazyDecoder:
                 if known is None:
                     if (why := BaseState(self._base).changed(harmless=CHECKPOINTING_HOOK)) is not None:
                         return why
-                    with without_checkpointing(self._base):
-                        known = self._training_plan = plan_training(self._base)
+                    known = self._training_plan = plan_training(self._base)
         if isinstance(known, FusedTraining) and (why := known.why_not_now()) is not None:
             return why
         return known
@@ -394,19 +393,6 @@ class LazyDecoder:
         if why is not None and why not in self._told:
             self._told.add(why)
             logger.info("%s: %s: %s", type(self._base).__name__, what, why)
-
-
-@contextmanager
-def without_checkpointing(base: PreTrainedModel) -> Iterator[None]:
-    """Checkpointed layers of a base in training mode drop the cache that a probe needs."""
-    modules = [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
 
 
 def _is_traced() -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from softprompt_fast.integrations import probe
+from softprompt_fast.integrations import transformers as hooks
 from softprompt_fast.losses import summed_cross_entropy, weighted_sum
 
 logger = logging.getLogger("softprompt_fast")
@@ -59,10 +60,7 @@ class BaseHead:
     @property
     def _behind_decoder(self) -> nn.Module:
         """The base over its own modules as they are now, but for the decoder."""
-        model = object.__new__(type(self._base))
-        modules = self._base._modules | {self._decoder: self._stand_in}
-        model.__dict__.update(self._base.__dict__, _modules=modules)
-        return model
+        return hooks.shallow_copy(self._base, _modules=self._base._modules | {self._decoder: self._stand_in})
 
     @property
     def vocab_size(self) -> int:
@@ -123,11 +121,11 @@ def _try(base: PreTrainedModel) -> BaseHead | str:
     decoder = next((name for name, child in base.named_children() if any(child is part for part in parts)), None)
     if decoder is None:
         return f"{type(base).__name__} names no decoder among its children"
-    head = BaseHead(base, decoder)
 
-    def run(embeddings: Tensor) -> Tensor:
+    def run(base: PreTrainedModel, embeddings: Tensor) -> Tensor:
+        head = BaseHead(base, decoder)
         hidden = head.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return head.logits(hidden[0])[None]
 
     why = probe.why_not_in_parts(base, run)
-    return head if why is None else why
+    return BaseHead(base, decoder) if why is None else why

@@ -28,7 +28,7 @@ def why_not_shared(base: PreTrainedModel, backend: str | None) -> str | None:
     if reason is None and "chunked_attention" in (getattr(_text_config(base), "layer_types", None) or ()):
         reason = "its attention is chunked by a mask, which a prefix would bypass"
     if reason is None and base.device.type != "meta":
-        reason = _try(base, lambda: _run_shared(base, backend))
+        reason = _try(base, lambda view: _run_shared(view, backend))
     if reason is not None:
         hooks.uninstall(base)
     return reason
@@ -36,22 +36,19 @@ def why_not_shared(base: PreTrainedModel, backend: str | None) -> str | None:
 
 def why_not_expanded(base: PreTrainedModel) -> str | None:
     """The reason why `base` can't be served even with prefixes expanded into its cache, or None."""
-    return None if base.device.type == "meta" else _try(base, lambda: _run_expanded(base))
+    return None if base.device.type == "meta" else _try(base, _run_expanded)
 
 
-def why_not_in_parts(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) -> str | None:
-    """The reason why `run`, embeddings ``[1, S, H]`` -> logits ``[1, S, V]`` through parts of `base`, does not give
-    what `base` gives as a whole, or None."""
-    return _try(base, lambda: _differ(base, run(_embeddings(base))[:, _PREFIX:], "through its parts"))
+def why_not_in_parts(base: PreTrainedModel, run: Callable[[PreTrainedModel, Tensor], Tensor]) -> str | None:
+    """The reason why `run`, embeddings ``[1, S, H]`` -> logits ``[1, S, V]`` through parts of the base that it is
+    given, does not give what `base` gives as a whole, or None."""
+    return _try(base, lambda view: _differ(view, run(view, _embeddings(view))[:, _PREFIX:], "through its parts"))
 
 
-def _try(base: PreTrainedModel, run: Callable[[], str | None]) -> str | None:
-    modules = [module for module in base.modules() if module.training]
-    for module in modules:
-        module.training = False
+def _try(base: PreTrainedModel, run: Callable[[PreTrainedModel], str | None]) -> str | None:
     try:
-        with torch.no_grad():
-            return run()
+        with torch.no_grad(), hooks.evaluating(base) as view:
+            return run(view)
     except BackendError:
         # A backend that was asked for by name never falls back.
         hooks.uninstall(base)
@@ -59,9 +56,6 @@ def _try(base: PreTrainedModel, run: Callable[[], str | None]) -> str | None:
     except Exception as error:
         # Whatever an unknown architecture raises here only means that it can't take this path.
         return f"a probe failed: {type(error).__name__}: {error}"
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def _text_config(base: PreTrainedModel):

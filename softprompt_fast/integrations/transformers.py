@@ -13,10 +13,10 @@ calls the original implementation with the original mask, so the base model keep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ from softprompt_fast.prefix_kv import Scales
 
 KEYWORD = "soft_prompt"
 _NAME = "softprompt_fast_"
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass
@@ -393,6 +395,47 @@ def disable_checkpointing(base: PreTrainedModel) -> None:
 def is_checkpointing(base: PreTrainedModel) -> bool:
     """Whether a layer of `base` is checkpointed while it trains."""
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def shallow_copy(module: _Module, **attributes: Any) -> _Module:
+    """A module of the same class with the same attributes, but for `attributes`."""
+    copy: _Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__, **attributes)
+    return copy
+
+
+@contextmanager
+def evaluating(module: _Module) -> Iterator[_Module]:
+    """`module` without dropout and checkpoints, while other threads train it: a view of it, over the same parameters,
+    whose modules are copies in evaluation mode. What a pass writes to its modules stays in the view.
+
+    A forward of a module's own (as accelerate's offloading installs) and a compiled one are bound to that very object:
+    where there is one, `module` itself is in evaluation mode meanwhile, for all threads.
+    """
+    training = [m for m in module.modules() if m.training]
+    if not training:
+        yield module
+    elif any(m._compiled_call_impl or "forward" in m.__dict__ for m in module.modules()):
+        for m in training:
+            m.training = False
+        try:
+            yield module
+        finally:
+            for m in training:
+                m.training = True
+    else:
+        yield _evaluation_view(module)
+
+
+def _evaluation_view(module: _Module) -> _Module:
+    copies: dict[nn.Module, nn.Module] = {}
+    for m in module.modules():
+        # Parameters stay in their table: FSDP gathers them there.
+        tables = {name: x.copy() for name, x in m.__dict__.items() if isinstance(x, dict) and name != "_parameters"}
+        copies[m] = shallow_copy(m, **tables, training=False)
+    for copy in copies.values():
+        copy._modules.update((name, copies[m]) for name, m in copy._modules.items() if m is not None)
+    return copies[module]  # type: ignore[return-value]
 
 
 def may_stop_early(base: PreTrainedModel) -> bool:

@@ -50,7 +50,7 @@ class _Row:
     def __init__(self, request: Request, stream: Stream, deadline: float | None) -> None:
         self.request, self.stream, self.deadline = request, stream, deadline
         self.stage = "new"  # then "loading" or "full" (no room in the bank), and "ready" or "failed"
-        self.refused = False  # whether the bank had no room for its prompt yet
+        self.refused: BankFullError | None = None  # why the bank had no room for its prompt, if it has been asked
         self.held: Held | None = None  # its prompt in the bank
         self.left = 0  # new tokens that it may still have
         self.last = 0  # the newest token
@@ -287,7 +287,7 @@ class Engine:
             elif row.stage == "new" and not full:
                 row.stage = "loading"
                 self._loaders.submit(self._hold, row)
-            full = full or (row.refused and row.stage in ("loading", "full"))
+            full = full or (row.refused is not None and row.stage in ("loading", "full"))
 
     def _hold(self, row: _Row) -> None:
         error: Exception | None = None
@@ -303,10 +303,10 @@ class Engine:
                 if held is not None:
                     held.release()
             elif held is not None:
-                row.held, row.stage, row.stream.error = held, "ready", None
+                row.held, row.stage = held, "ready"
             elif isinstance(error, BankFullError):
                 # Once more where something was released since it looked.
-                row.stream.error, row.refused = error, True
+                row.refused = error
                 row.stage = "full" if rooms == self._rooms else "new"
             else:
                 row.stream.error, row.stage = error, "failed"
@@ -409,7 +409,7 @@ class Engine:
             self._stuck_since = now
         elif full and self._stuck_since is not None and now >= self._stuck_since + _GIVE_UP:
             for row in full:
-                row.stage, self._news = "failed", True  # they end in the next round
+                row.stream.error, row.stage, self._news = row.refused, "failed", True  # they end in the next round
 
     def _reset(self, error: Exception) -> None:
         """Fail everything: what the rows' state is can't be known."""
