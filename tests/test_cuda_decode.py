@@ -92,6 +92,17 @@ def products(request: pytest.FixtureRequest) -> Iterator[str]:
     _runtime._cuda.use_wgmma(before)
 
 
+# Prefix items of 8 blocks of keys and more, whose results others merge. The emulated device runs 8 blocks at a time.
+LATE: dict[str, dict[str, Any]] = {
+    "one share": {"batch": 3, "q_heads": 8, "kv_heads": 4, "queries": 1, "own": 9, "prefix": 520, "sinks": True},
+    "several shares": {"batch": 9, "q_heads": 3, "kv_heads": 1, "queries": 2, "own": 70, "prefix": 2112},
+    "prompts, rows without": {
+        "batch": 6, "q_heads": 8, "kv_heads": 4, "queries": 1, "own": 20, "prefix": 900, "max_prefix_length": 600,
+        "prefix_offsets": [0, 600, 600, 900], "prefix_index": [0, -1, 2, 0, 1, 2],
+    },
+}  # fmt: skip
+
+
 def run(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     with poisoned_memory(), choosing(stack_queries=True):
         return cuda.forward(*arguments(inputs))
@@ -143,6 +154,20 @@ def test_a_warpgroup_is_used() -> None:
         _runtime._cuda.use_wgmma(before)
 
 
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize("name", LATE)
+def test_late_merges(name: str, head_dim: int) -> None:
+    """Blocks run in any order, so that merge items come before what they wait for, and after it."""
+    inputs = attention_inputs(dtype=torch.bfloat16, head_dim=head_dim, **LATE[name])
+    want = inputs.to(torch.float64)
+    first = run(inputs)
+    check(first, want, inputs)
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(run(inputs), first, strict=True))
+    if not ON_GPU:  # in memory that can be read here
+        assert not any(any((ctypes.c_uint * n).from_address(at)) for at, n in _runtime._cuda.counters())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TOGETHER)
 def test_together(name: str, dtype: torch.dtype) -> None:
@@ -181,6 +206,7 @@ def test_8_bit_prefixes_are_never_together() -> None:
         ("PREFIX_BLOCKS", "7", "test_larger"),
         ("TOGETHER", "0", "test_forward"),
         ("TOGETHER", "9", "test_forward"),
+        ("LATE", "1", "test_larger"),
     ],
 )
 def test_settings_of_measurements(name: str, value: str, tests: str) -> None:

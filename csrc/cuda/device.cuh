@@ -201,6 +201,18 @@ __device__ __forceinline__ T* as_global(T* p) {
   return p;
 }
 
+// What other blocks may have written by now.
+__device__ __forceinline__ unsigned load_volatile(const unsigned* p) {
+  return *(const volatile unsigned*)p;
+}
+
+// Lets others work for a moment.
+__device__ __forceinline__ void nap() {
+#if defined(__CUDACC__)
+  __nanosleep(100);
+#endif
+}
+
 // Values of an index tensor.
 __device__ __forceinline__ int64_t load_index(const Index& index, int64_t i) {
   return index.wide ? ((const int64_t*)index.data)[i] : ((const int32_t*)index.data)[i];

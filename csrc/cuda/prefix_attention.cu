@@ -79,6 +79,12 @@ int wanted_together() {
   return blocks;
 }
 
+// Key blocks of a prefix item from which on others merge its results.
+int wanted_late() {
+  static const int blocks = setting("SOFTPROMPT_FAST_CUDA_LATE", kLongShare, 1, 1, 1 << 20);
+  return blocks;
+}
+
 }  // namespace
 
 std::atomic<bool>& use_wgmma() {
@@ -98,7 +104,7 @@ DecodePlan plan_prefix_attention(const DecodeSizes& sizes, int head_dim, int v_d
   const int padded = padded_head_dim(most(head_dim, v_dim));
   const int tile = (int)least(decode_tile(padded), wanted_tile());
   return plan_decode(sizes, tile, resident(padded, device), 4 * (padded + 1), wanted_blocks(),
-                     wanted_together());
+                     wanted_together(), wanted_late());
 }
 
 void run_prefix_attention(const PrefixAttentionDecode& op, const Queue& queue) {

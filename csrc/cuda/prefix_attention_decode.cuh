@@ -28,6 +28,13 @@ namespace softprompt_fast {
 namespace cuda {
 
 constexpr int kStages = 2;
+// Looks at a counter, 0.5 us or more each, that a merge item takes. The emulator's blocks do not
+// run side by side.
+#if defined(__CUDACC__)
+constexpr int kPatience = 1000;
+#else
+constexpr int kPatience = 1;
+#endif
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The keys and values that an item reads: key 0 of its row or prefix, and strides in elements.
@@ -957,9 +964,46 @@ __device__ void arrive(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& s
   for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
     unsigned* counter = p.counters + int64_t{shared.row[r]} * p.plan.kv_heads + item.kv_head;
     const unsigned now = atomicAdd(counter, shared.arrival) + shared.arrival;
-    const bool last = (now & 0xFFFFu) == p.plan.expected();
-    shared.merged[r] = (int16_t)(last ? (int)(now >> 16) : -1);
-    if (last) *counter = 0;  // for the next call
+    const bool here = merges(p.plan, now);
+    shared.merged[r] = (int16_t)(here ? shares_of(now) : -1);
+    if (here) *counter = 0;  // for the next call
+  }
+  __threadfence();
+  __syncthreads();
+  merge_rows<T>(p, shared);
+}
+
+// Waits for all items of a unit; shares of its prefix, or -1 where that takes too long: then who
+// arrives last merges. So nobody waits for a block that waits for a place.
+__device__ inline int wait_for_items(const DecodePlan& plan, unsigned* counter) {
+  unsigned now = 0;
+  for (int i = 0; i < kPatience; ++i) {
+    now = load_volatile(counter);
+    if (all_arrived(plan, now)) break;
+    nap();
+  }
+  if (!all_arrived(plan, now)) {
+    now = atomicAdd(counter, kLeft);
+    if (!all_arrived(plan, now)) return -1;
+  }
+  *counter = 0;
+  return shares_of(now);
+}
+
+// A merge item: rows of a head whose prefix items end last. Blocks that have no other work share
+// out what the last of these items would have to do alone.
+template <typename T, int kHeadDim>
+__device__ void merge_late(const PrefixAttentionDecode& p, DecodeShared<kHeadDim>& shared,
+                           int64_t block) {
+  const DecodePlan& plan = p.plan;
+  const DecodeItem item = merge_item(plan, block);
+  if (threadIdx.x == 0) shared.item = item;
+  for (int r = threadIdx.x; r < item.rows; r += kDecodeThreads) {
+    const int row = item.first_row + r;
+    const bool has_prefix = prefix_range(plan, p.rows, row_prefix(p.rows, row)).length > 0;
+    unsigned* counter = p.counters + int64_t{row} * plan.kv_heads + item.kv_head;
+    shared.row[r] = row;
+    shared.merged[r] = (int16_t)(is_whole(plan, has_prefix) ? -1 : wait_for_items(plan, counter));
   }
   __threadfence();
   __syncthreads();
@@ -1034,6 +1078,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
   }
   const DecodePlan& plan = p.plan;
   const DecodeItem& item = shared.item;
+  const int64_t late = blockIdx.x - plan.all_prefix_blocks() - plan.own_blocks();
+  if (late >= 0) {
+    merge_late<T>(p, shared, late);
+    return;
+  }
   const bool of_prefix = blockIdx.x < plan.all_prefix_blocks();
   if (of_prefix) {
     if (!find_prefix_item<Entry>(p, shared)) return;

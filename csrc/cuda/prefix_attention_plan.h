@@ -19,7 +19,10 @@
 // follow from sizes and need no sorting.
 //
 // Each item leaves a partial result in a slot of the workspace and arrives at the counter of every
-// (row, key/value head) that it worked for. Who arrives last merges. Items that do not know how
+// (row, key/value head) that it worked for. Who arrives last merges; but where prefix items are
+// long, and so end last, their blocks would have all there is to merge while all others are idle:
+// then there is a third kind, merge items, which come last and wait, for a while, for the items of
+// a few rows. Items that do not know how
 // many shares a row's prefix has still agree on the last arrival, for a row's arrivals always sum
 // up to `DecodePlan::expected()`: the item of a prefix's first share also counts for those that the
 // prefix could have had and has not, and so does a row's first own item where there is no prefix.
@@ -49,6 +52,10 @@ constexpr int kMaxSplits = 32;     // shares of a prefix, and of a row's own key
 // another, blocks take 0.3 to 0.6 us each; shares of two blocks side by side are merged in 1.5 to 2
 // us. So two blocks more than a share has are faster in any case, and a fourth might not be.
 constexpr int kTogether = 4;
+// Key blocks of a prefix item from which on it ends behind own items: some 0.7 us each, and own
+// items that fill a device take 10 us and less.
+constexpr int kLongShare = 8;
+constexpr int kLateRows = 16;       // the most rows that a merge item has
 constexpr int kFarthest = 1 << 29;  // positions and windows further out see the same
 
 SOFTPROMPT_FAST_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -85,6 +92,7 @@ struct DecodePlan {
   int own_tile, own_tiles, own_splits;
   int sections, wanted, min_blocks;
   int prefix_splits;      // the most shares a prefix can have
+  int late_rows;          // rows of a merge item; 0: there are none, who arrives last merges
   int64_t prefix_blocks;  // of one section
 
   // Partial results of a query; of a single item's, which is its result, none are kept.
@@ -95,7 +103,12 @@ struct DecodePlan {
   SOFTPROMPT_FAST_BOTH int64_t states() const { return units() * per_row * slots(); }
   SOFTPROMPT_FAST_BOTH int64_t all_prefix_blocks() const { return sections * prefix_blocks; }
   SOFTPROMPT_FAST_BOTH int64_t own_blocks() const { return units() * own_tiles * own_splits; }
-  SOFTPROMPT_FAST_BOTH int64_t blocks() const { return all_prefix_blocks() + own_blocks(); }
+  SOFTPROMPT_FAST_BOTH int64_t late_blocks() const {
+    return late_rows ? kv_heads * divide_up(batch, late_rows) : 0;
+  }
+  SOFTPROMPT_FAST_BOTH int64_t blocks() const {
+    return all_prefix_blocks() + own_blocks() + late_blocks();
+  }
   SOFTPROMPT_FAST_BOTH unsigned expected() const {
     return own_tiles * own_splits + prefix_splits * row_tiles;
   }
@@ -124,11 +137,11 @@ struct DecodeRows {
 // `tile`: queries of a large tile, at most the kernel's. `beside`: blocks for prefixes beside own
 // items that fill the device; 0: on every other place. `resident`: blocks that the device runs at
 // a time. `state_bytes`: of one query's partial result; the workspace may take `most_bytes` before
-// prefixes get fewer shares for it. `together`: as kTogether. Example: 64 rows of one query, 32
-// heads over 8, 1024 entries, tiles of 128, 264 resident blocks: 512 own items, and 2 tiles on each
-// of 8 heads against 4 shares of 256 entries.
+// prefixes get fewer shares for it. `together`: as kTogether; `late`: as kLongShare. Example: 64
+// rows of one query, 32 heads over 8, 1024 entries, tiles of 128, 264 resident blocks: 512 own
+// items, and 2 tiles on each of 8 heads against 4 shares of 256 entries.
 inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, int64_t state_bytes,
-                              int beside = 0, int together = kTogether,
+                              int beside = 0, int together = kTogether, int late = kLongShare,
                               int64_t most_bytes = int64_t{128} << 20) {
   DecodePlan plan = {};
   plan.batch = (int)sizes.batch;
@@ -174,8 +187,12 @@ inline DecodePlan plan_decode(const DecodeSizes& sizes, int tile, int resident, 
   splits = least(splits, divide_up(plan.wanted, plan.kv_heads * least_tiles));
   const int64_t slot_bytes = plan.units() * plan.per_row * state_bytes;
   plan.prefix_splits = (int)most(1, least(splits, most_bytes / slot_bytes - plan.own_splits));
+  const int64_t share = plan.share_blocks(least_tiles * longest, longest);
+  if (own_fills && share >= late) {
+    const int64_t places = most(1, resident / 2 / plan.kv_heads);
+    plan.late_rows = (int)least(divide_up(plan.batch, places), kLateRows);
+  }
   if (known) {
-    const int64_t share = plan.share_blocks(least_tiles * longest, longest);
     plan.prefix_blocks = plan.kv_heads * least_tiles * divide_up(longest, share);
   } else {
     // A group of rows has less than one tile more than its share of them, and ceil(blocks / share)
@@ -469,7 +486,28 @@ SOFTPROMPT_FAST_BOTH DecodeItem own_item(const DecodePlan& plan, int64_t block) 
   return item;
 }
 
-// A counter holds arrivals in its low half, and the number of shares of the row's prefix above.
+SOFTPROMPT_FAST_BOTH DecodeItem merge_item(const DecodePlan& plan, int64_t block) {
+  DecodeItem item = {};
+  item.kv_head = (int)(block % plan.kv_heads);
+  item.first_row = (int)(block / plan.kv_heads) * plan.late_rows;
+  item.rows = (int)least(plan.late_rows, plan.batch - item.first_row);
+  return item;
+}
+
+// A counter holds arrivals in its low half, the number of shares of the row's prefix above, and in
+// its highest bit that the unit's merge item has left without merging.
+constexpr unsigned kLeft = 1u << 31;
+
+SOFTPROMPT_FAST_BOTH bool all_arrived(const DecodePlan& plan, unsigned counter) {
+  return (counter & 0xFFFF) == plan.expected();
+}
+SOFTPROMPT_FAST_BOTH int shares_of(unsigned counter) { return (int)(counter >> 16 & 0x7FFF); }
+
+// Whether the item whose arrival made the counter what it is has to merge.
+SOFTPROMPT_FAST_BOTH bool merges(const DecodePlan& plan, unsigned counter) {
+  return all_arrived(plan, counter) && (plan.late_rows == 0 || counter & kLeft);
+}
+
 SOFTPROMPT_FAST_BOTH unsigned prefix_arrival(const DecodePlan& plan, const DecodeItem& item) {
   if (item.split != 0 || item.first_query != 0) return 1;
   return (unsigned)item.splits << 16 |

@@ -33,7 +33,7 @@ struct Random {
 // A call: its sizes, and the values that the device would find.
 struct Call {
   DecodeSizes sizes;
-  int tile, resident, beside, together;
+  int tile, resident, beside, together, late;
   int64_t most_bytes;
   bool causal;
   int window;
@@ -93,6 +93,7 @@ void draw(Random& random, Call& call) {
   call.resident = (int)random.within(1, random.chance(2) ? 12 : 300);
   call.beside = random.chance(2) ? 0 : (int)random.within(1, 400);
   call.together = random.chance(3) ? 0 : (int)random.within(1, 12);
+  call.late = (int)random.within(1, 12);
   s.widened = random.chance(4);
   call.most_bytes = random.chance(10) ? 1 : int64_t{128} << 20;
   call.causal = !random.chance(4);
@@ -117,7 +118,7 @@ class Checker {
   void run(const Call& call, bool each_key) {
     call_ = &call;
     plan_ = plan_decode(call.sizes, call.tile, call.resident, 4 * 64, call.beside, call.together,
-                        call.most_bytes);
+                        call.late, call.most_bytes);
     const DecodePlan& plan = plan_;
     rows_.resize(plan.batch);
     for (int row = 0; row < plan.batch; ++row) {
@@ -128,6 +129,8 @@ class Checker {
     const bool apart = plan.packed > 0 && !plan.together;
     EXPECT(plan.prefix_splits >= apart && plan.prefix_splits <= kMaxSplits);
     EXPECT(plan.expected() < 1u << 16);
+    EXPECT(!plan.together || plan.late_rows == 0);
+    EXPECT(plan.late_rows >= 0 && plan.late_rows <= kLateRows);
     if (plan.together) {
       // One item a row's tile, of entries that the own keys' code reads, and few of them.
       EXPECT(!call.sizes.widened && plan.prefix_blocks == 0 && plan.states() == 0);
@@ -166,6 +169,7 @@ class Checker {
     }
     for (int64_t block = 0; block < plan.own_blocks(); ++block) own(own_item(plan, block));
     for (int row = 0; row < plan.batch; ++row) results(row, each_key);
+    merged_once();
   }
 
  private:
@@ -291,6 +295,28 @@ class Checker {
     }
   }
 
+  // Who arrives last merges a unit, or a merge item does: never both, whichever comes first.
+  void merged_once() {
+    std::vector<unsigned>& counters = counters_;
+    std::vector<int> items(counters.size(), 0);
+    for (int64_t block = 0; block < plan_.late_blocks(); ++block) {
+      const DecodeItem item = merge_item(plan_, block);
+      EXPECT(item.kv_head < plan_.kv_heads && item.rows >= 1 && item.rows <= kLateRows);
+      for (int r = 0; r < item.rows; ++r) {
+        EXPECT(item.first_row + r < plan_.batch);
+        ++items[(item.first_row + r) * plan_.kv_heads + item.kv_head];
+      }
+    }
+    for (size_t unit = 0; unit < counters.size(); ++unit) {
+      EXPECT(items[unit] == (plan_.late_rows > 0));
+      const unsigned end = counters[unit];
+      if ((end & 0xFFFF) == 0) continue;  // an own item's result was the whole one
+      EXPECT(!(end & kLeft) && all_arrived(plan_, end));
+      EXPECT(merges(plan_, end) == (plan_.late_rows == 0));
+      EXPECT(merges(plan_, end + kLeft) && shares_of(end + kLeft) == shares_of(end));
+    }
+  }
+
   // What is in a row's slots, and that it is all that its queries see.
   void results(int row, bool each_key) {
     const OwnRange& own = rows_[row].own;
@@ -370,10 +396,10 @@ int main(int count, char** arguments) {
       std::printf(
           "plan %ld of seed %ld: batch %ld, heads %ld over %ld, queries %ld, own %ld, packed %ld, "
           "prefixes %ld, longest %ld, offsets %d, indexed %d, tile %d, resident %d, beside %d, "
-          "together %d, widened %d, window %d\n",
+          "together %d, late %d, widened %d, window %d\n",
           i, seed, (long)s.batch, (long)s.q_heads, (long)s.kv_heads, (long)s.queries, (long)s.own,
           (long)s.packed, (long)s.prefixes, (long)s.longest, s.offsets, s.indexed, call.tile,
-          call.resident, call.beside, call.together, s.widened, call.window);
+          call.resident, call.beside, call.together, call.late, s.widened, call.window);
       return 1;
     }
   }
