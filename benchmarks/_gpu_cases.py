@@ -225,6 +225,7 @@ FEW = ((1, 128, 64), (4, 128, 64), (16, 128, 128))
 SETTINGS = {
     "SOFTPROMPT_FAST_CUDA_TILE": ("tiles of", MANY),
     "SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": ("prefix blocks", MANY),
+    "SOFTPROMPT_FAST_CUDA_LATE": ("merge items from shares of", MANY[2:]),
     "SOFTPROMPT_FAST_CUDA_TOGETHER": ("together up to", FEW),
 }
 

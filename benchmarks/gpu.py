@@ -82,6 +82,7 @@ STAGES: dict[str, Tests | Rows | None] = {
     "tiles-of-64": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_TILE": "64"}),
     "192-prefix-blocks": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "192"}),
     "256-prefix-blocks": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_PREFIX_BLOCKS": "256"}),
+    "who-is-last-merges": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_LATE": "1048576"}),
     "never-together": Rows(("settings",), {"SOFTPROMPT_FAST_CUDA_TOGETHER": "0"}),
     "ops": Tests(OP_FILES, 70.0),
     "models": Tests(MODEL_FILES, 50.0),

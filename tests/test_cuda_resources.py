@@ -6,6 +6,7 @@ instances take a minute each, one head dimension; ``make resources`` takes all."
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,9 @@ def test_the_table_has_every_kernel_for_every_architecture() -> None:
     _, table = cuda_resources.read()
     rows = {tuple(name.split(" | ")) for name in table}
     for file, kernel, _ in rows:
-        assert all((file, kernel, arch) in rows for arch in cuda_resources.ARCHITECTURES), (file, kernel)
+        meant = {arch for arch in cuda_resources.ARCHITECTURES if cuda_resources.suits(Path(file), arch)}
+        assert {arch for *which, arch in rows if which == [file, kernel]} == meant, (file, kernel)
+    assert {arch for file, _, arch in rows if file.endswith("_sm90a.cu")} == {"sm_90a"}
     sources = "".join(p.read_text(encoding="utf-8") for p in cuda_resources.SOURCES.glob("*.cu*"))
     kernels = set(re.findall(r"__global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(", sources))
     assert kernels == {re.split(r"[<(]", kernel)[0] for _, kernel, _ in rows}
@@ -65,6 +68,7 @@ ROW = "x.cu | merge_states<Half, 8> | sm_90a"
         ([40, 0, 0, "ld.128 st.128"], None),
         ([255, 8, 8, "ld.128 st.128"], "8 bytes are spilled"),
         ([40, 0, 0, "ld.128"], "it should have st.128, found ld.128"),
+        ([40, 0, 0, "ld.128 serialized st.128"], "its wgmma are serialized"),
     ],
 )
 def test_what_counts_as_a_fault(row: list, fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +76,17 @@ def test_what_counts_as_a_fault(row: list, fault: str | None, monkeypatch: pytes
     found = cuda_resources.faults({ROW: row})
     assert len(found) == (fault is not None)
     assert fault is None or fault in found[0]
+
+
+def test_what_ptxas_says_of_serialized_products() -> None:
+    said = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to {} in "
+    )
+    said += "the function '_Z1k'\nptxas info    : Used 255 registers, used 1 barriers\n"
+    assert cuda_resources.serialized(said.format("wgmma pipeline crossing function boundary at a function call")) == [
+        "_Z1k"
+    ]
+    assert cuda_resources.serialized("ptxas info    : Used 255 registers, used 1 barriers") == []
 
 
 def test_what_counts_as_a_difference() -> None:

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the host: what device.cuh stands for where no CUDA compiler reads it. A
-// thread is a fiber; one block runs at a time, its threads in random order, each until it meets
-// others (a barrier, a shuffle, a matrix product) or ends, and blocks run in random order.
+// thread is a fiber; one block runs at a time, its threads in random order, in some blocks with
+// some warps ahead of all others, each until it meets others (a barrier, a shuffle, a matrix
+// product) or ends, and blocks run in random order.
 //
 // Made to find faults, not to be fast. Shared memory starts as NaN, and each asynchronous copy
 // happens at random when it is issued or when it is waited for, and so does a warpgroup's product;
@@ -260,8 +261,16 @@ inline void Block::run(dim3 at, void (*body)(const void*), const void* params) {
     makecontext(&thread.start, (void (*)())&Block::enter, 0);
     ready_.push_back(i);
   }
+  // In half of the blocks some warps run as far ahead as they can.
+  const uint64_t favoured = random_bits() & 1 ? random_bits() : 0;
   while (!ready_.empty() && error_.empty()) {
     std::swap(ready_[random_bits() % ready_.size()], ready_.back());
+    for (int i = (int)ready_.size(); favoured && i > 0; --i) {
+      if (favoured >> ready_[i - 1] / kWarp & 1) {
+        std::swap(ready_[i - 1], ready_.back());
+        break;
+      }
+    }
     const int next = ready_.back();
     ready_.pop_back();
     resume(next);
