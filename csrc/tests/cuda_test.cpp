@@ -287,6 +287,37 @@ void sums() {
   }
 }
 
+// ---- warps that run ahead ----
+
+struct Rounds {
+  bool barrier;
+  int* wrong;
+};
+
+// Sums over the warps, one after another, in the same places: without the second barrier a warp
+// that is five shuffles ahead overwrites what another has yet to read.
+__global__ void sum_in_rounds(Rounds p) {
+  float* parts = (float*)shared_memory();
+  const int warp = threadIdx.x / 32;
+  for (int round = 1; round < 4; ++round) {
+    const float mine = warp_sum((float)round);
+    if (threadIdx.x % 32 == 0) parts[warp] = mine;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < 4; ++w) sum += parts[w];
+    if (sum != 128.0f * round) *p.wrong = 1;
+    if (p.barrier) __syncthreads();
+  }
+}
+
+void warps_ahead() {
+  int wrong = 0;
+  for (int i = 0; i < 20; ++i) launch<sum_in_rounds>({}, {1, 128, 16}, Rounds{true, &wrong});
+  expect(!wrong, "sums in rounds");
+  for (int i = 0; i < 20; ++i) launch<sum_in_rounds>({}, {1, 128, 16}, Rounds{false, &wrong});
+  expect(wrong, "a warp that runs ahead is found");
+}
+
 // ---- planted faults ----
 
 struct Faulty {
@@ -355,6 +386,7 @@ int main() {
   products();
   group_products();
   sums();
+  warps_ahead();
   faults();
   if (failures == 0) printf("ok\n");
   return failures != 0;
