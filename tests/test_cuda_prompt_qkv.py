@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """prompt_qkv's CUDA kernel for few rows against the float64 reference, at widths that its 16-byte loads divide
-(tests/ops has the others, which take another form), and the norm of heads behind it. On a CPU they are emulated."""
+(others are Triton's, which tests/ops has), and the norm of heads behind it. On a CPU they are emulated."""
 
 from __future__ import annotations
 
