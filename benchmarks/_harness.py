@@ -256,6 +256,8 @@ def setting() -> dict[str, Any]:
     # A result is no place for the paths of the machine that measured it.
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     script = Path(sys.argv[0])
+    installed = script.name in ("softprompt-fast", "__main__.py")
+    program = ["softprompt-fast"] if installed else ["python", f"{script.parent.name}/{script.name}"]
     return {
         "gpu": gpu(),
         "cpu": cpu_name(),
@@ -266,7 +268,7 @@ def setting() -> dict[str, Any]:
         "packages": {name: version for name, version in facts["packages"].items() if version},
         # A copy of the tree without its history: whoever copied it may say which commit it is.
         "commit": done.stdout.strip() or os.environ.get("SOFTPROMPT_FAST_COMMIT"),
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *arguments]),
+        "command": shlex.join([*program, *arguments]),
     }
 
 

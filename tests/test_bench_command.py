@@ -687,3 +687,16 @@ def test_an_op_file_runs_under_pytest_benchmark() -> None:
         [*command, "-k", "decode", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "program"),
+    [
+        ("/somewhere/bin/softprompt-fast", "softprompt-fast"),
+        ("/somewhere/softprompt_fast/cli/__main__.py", "softprompt-fast"),
+        ("/somewhere/benchmarks/bench_train.py", "python benchmarks/bench_train.py"),
+    ],
+)
+def test_a_result_says_the_command_that_repeats_it(script: str, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "bench", "--json", "/elsewhere/rows.json"])
+    assert _harness.setting()["command"] == f"{program} bench --json rows.json"

@@ -946,7 +946,7 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecode& p,
     Attend<T, Entry, kHeadDim, 1, 1, false>{p, shared}.run(sees, behind);
     return;
   }
-  if constexpr (kWarpgroup && kMost > 1) {
+  if constexpr (kWarpgroup) {
     if (__shfl_sync(kAllLanes, shared.item.stacked, 0) <= 16 * kDecodeWarps) {
       Attend<T, Entry, kHeadDim, kDecodeWarps, 1, false>{p, shared}.run(sees, behind);
       return;
